@@ -1,0 +1,187 @@
+// What the promise is about, and how many rows it takes: the target concept and the paper's targets.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <span>
+
+#include "vattn/budget/bounds.hpp"
+#include "vattn/certify/certificate.hpp"
+#include "vattn/configuration.hpp"
+#include "vattn/estimate/residual.hpp"
+#include "vattn/select/selector.hpp"
+
+namespace vattn {
+
+/// Rows of each kind.
+struct split {
+  index_t heavy = 0;    ///< exact because ranked
+  index_t sampled = 0;  ///< drawn from the residual
+};
+
+/// One look at the sample: all that a target may use to judge it.
+struct look {
+  const estimate& now;
+  const residual_moments& moments;
+  std::span<const float> offset;  // [dv], ô − c
+  ranking& order;
+  std::span<const drawn_row> rows;
+  index_t n;      ///< visible tokens
+  index_t fixed;  ///< sinks + window
+  score_result scores;
+  const config& settings;
+  bool with_replacement;
+};
+
+struct verdict {
+  bool met = false;
+  double epsilon_achieved = 0;
+  index_t budget = 0;  ///< sampled rows that the bound asks for
+  split next{};        ///< rows to have at the next look, if not met
+};
+
+/// Supply `kind`, `first(order, n, residual, heavy, settings)`, the rows before the first look, and
+/// `judge<Bound>(look)`, which says whether ε holds at δ and, if not, with how many rows it will.
+template <class T, class Bound>
+concept target_for = bound<Bound> && requires(const look& l, index_t n, const config& c) {
+  { T::kind } -> std::convertible_to<target_kind>;
+  { T::first(n, n, n, c) } -> std::same_as<split>;
+  { T::template judge<Bound>(l) } -> std::same_as<verdict>;
+};
+
+namespace budget {
+
+/// Terms x of the denominator.
+[[nodiscard]] inline sum_evidence denominator_evidence(const look& l) noexcept {
+  const estimate& e = l.now;
+  sum_evidence d;
+  d.scalar = true;
+  d.with_replacement = l.with_replacement;
+  d.population = e.population;
+  d.sampled = e.sampled;
+  d.variance = std::max(0.0, (e.s.A - e.s.S * e.s.S / e.sampled) / (e.sampled - 1));
+  d.second_moment = e.s.A / e.sampled;
+  // The k-th score bounds every residual logit, or x(‖v‖ + offset) and so offset·x.
+  const double bound = std::exp(l.order.bound() - e.reference);
+  if (l.scores.kind == score_kind::logit) d.radius = bound;
+  if (l.scores.kind == score_kind::contribution) d.radius = bound / l.scores.value_offset;
+  return d;
+}
+
+/// Radius of D̂ relative to D̂ at δ.
+template <bound B>
+[[nodiscard]] double denominator_error(const look& l) noexcept {
+  const sum_evidence d = denominator_evidence(l);
+  return B::radius(d, d.sampled, l.settings.delta) / l.now.denominator;
+}
+
+/// Terms x·v of the numerator.
+[[nodiscard]] inline sum_evidence numerator_evidence(const look& l) noexcept {
+  const estimate& e = l.now;
+  sum_evidence n;
+  n.with_replacement = l.with_replacement;
+  n.population = e.population;
+  n.sampled = e.sampled;
+  const double square = e.s.C + 2 * e.second_c + e.s.A * e.centre2;                   // Σ‖x v‖²
+  const double mean2 = e.first2 + 2 * e.s.S * e.first_c + e.s.S * e.s.S * e.centre2;  // ‖Σ x v‖²
+  n.variance = std::max(0.0, (square - mean2 / e.sampled) / (e.sampled - 1));
+  n.second_moment = square / e.sampled;
+  // x‖v‖ <= x(‖v‖ + offset). Logits alone say nothing of ‖v‖.
+  if (l.scores.kind == score_kind::contribution) n.radius = std::exp(l.order.bound() - e.reference);
+  return n;
+}
+
+/// Paper's sampling plan: the selector's heavy share, then a pilot of a fixed share of the residual
+/// (2 %, at least min_sample), then the budget that the pilot implies; never less than the pilot.
+struct pilot_then_budget {
+  [[nodiscard]] static split first(index_t /*n*/, index_t residual, index_t heavy, const config& c) noexcept {
+    const double share = c.base == config::automatic ? 0.02 : c.base;
+    const auto pilot = static_cast<index_t>(std::ceil(share * static_cast<double>(residual)));
+    return {heavy, std::max(c.min_sample, pilot)};
+  }
+
+ protected:
+  [[nodiscard]] static verdict conclude(const look& l, double achieved, double rows) noexcept {
+    verdict v;
+    v.epsilon_achieved = achieved;
+    v.budget = static_cast<index_t>(std::ceil(rows));
+    v.met = achieved <= l.settings.epsilon;
+    v.next = {l.order.count(), std::max(v.budget, static_cast<index_t>(l.rows.size()) + 1)};
+    return v;
+  }
+};
+
+/// |D̂ − D| <= ε D. This is what the paper's experiments certify; it does not bound the output's error.
+struct denominator : pilot_then_budget {
+  static constexpr target_kind kind = target_kind::denominator;
+
+  template <bound B>
+  [[nodiscard]] static verdict judge(const look& l) noexcept {
+    const sum_evidence d = denominator_evidence(l);
+    const double D = l.now.denominator;
+    return conclude(l, B::radius(d, d.sampled, l.settings.delta) / D,
+                    sample_size<B>(d, l.settings.epsilon * D, l.settings.delta));
+  }
+};
+
+/// ‖N̂ − N‖ <= ε‖N‖, N = Σ x v.
+struct numerator : pilot_then_budget {
+  static constexpr target_kind kind = target_kind::numerator;
+
+  template <bound B>
+  [[nodiscard]] static verdict judge(const look& l) noexcept {
+    const sum_evidence n = numerator_evidence(l);
+    const double norm = std::sqrt(l.now.output2) * l.now.denominator;
+    return conclude(
+        l, norm > 0 ? B::radius(n, n.sampled, l.settings.delta) / norm : std::numeric_limits<double>::infinity(),
+        sample_size<B>(n, l.settings.epsilon * norm, l.settings.delta));
+  }
+};
+
+/// ‖ô − o‖ <= ε‖o‖ by bounding N and D apart: with ‖N̂ − N‖ <= ε₁‖N‖ (probability 1 − δ₁) and
+/// |D̂ − D| <= ε₂ D (1 − δ₂) the output is within (ε₁ + ε₂)/(1 − ε₂), and δ₁ + δ₂ = δ. The split that
+/// needs the fewest rows is searched for (golden section over δ₁; for each, ε₁ and ε₂ are what m rows give).
+struct sdpa : pilot_then_budget {
+  static constexpr target_kind kind = target_kind::sdpa;
+
+  template <bound B>
+  [[nodiscard]] static verdict judge(const look& l) noexcept {
+    const sum_evidence d = denominator_evidence(l), n = numerator_evidence(l);
+    const double D = l.now.denominator, norm = std::sqrt(l.now.output2) * D;
+    const double delta = l.settings.delta;
+    const auto output_error = [&](double m, double share) {
+      const double e1 = B::radius(n, m, share * delta) / norm, e2 = B::radius(d, m, (1 - share) * delta) / D;
+      return e2 < 1 && norm > 0 ? (e1 + e2) / (1 - e2) : std::numeric_limits<double>::infinity();
+    };
+    const auto rows = [&](double share) {
+      double low = 0, high = std::max(1.0, d.population);
+      if (!(output_error(high, share) <= l.settings.epsilon)) return high;
+      while (high - low > 1) {
+        const double middle = std::floor((low + high) / 2);
+        (output_error(middle, share) <= l.settings.epsilon ? high : low) = middle;
+      }
+      return high;
+    };
+    // Both radii grow without bound as their δ vanishes, so the error is unimodal in the share.
+    const double share = minimise(0.01, 0.99, [&](double s) { return output_error(d.sampled, s); });
+    return conclude(l, output_error(d.sampled, share), rows(share));
+  }
+
+ private:
+  template <class F>
+  [[nodiscard]] static double minimise(double a, double b, F&& f) noexcept {
+    constexpr double golden = 0.6180339887498949;
+    double x = b - golden * (b - a), y = a + golden * (b - a), fx = f(x), fy = f(y);
+    for (int i = 0; i < 20; ++i) {  // the interval shrinks to 6e-5 of its length
+      if (fx <= fy) {
+        b = y, y = x, fy = fx, x = b - golden * (b - a), fx = f(x);
+      } else {
+        a = x, x = y, fx = fy, y = a + golden * (b - a), fy = f(y);
+      }
+    }
+    return (a + b) / 2;
+  }
+};
+
+}  // namespace budget
+}  // namespace vattn

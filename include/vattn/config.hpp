@@ -1,0 +1,39 @@
+// Version and feature macros. Every macro is 0 or 1 and may be set by the consumer before including.
+#pragma once
+
+#define VATTN_VERSION_MAJOR 0
+#define VATTN_VERSION_MINOR 1
+#define VATTN_VERSION_PATCH 0
+
+#include <cstddef>
+#include <cstdint>
+
+// Debug-only preconditions inside kernels. They never guard a caller's input: that is `status`' job.
+#if !defined(VATTN_CHECKS)
+#if defined(NDEBUG)
+#define VATTN_CHECKS 0
+#else
+#define VATTN_CHECKS 1
+#endif
+#endif
+
+#if VATTN_CHECKS
+#include <cassert>
+#define VATTN_ASSERT(condition) assert(condition)
+#else
+#define VATTN_ASSERT(condition) static_cast<void>(0)
+#endif
+
+namespace vattn {
+
+/// Signed 64-bit counts, extents and byte offsets: a cache of 1 M tokens x 64 heads x 256 B passes 4 GiB.
+using index_t = std::int64_t;
+
+/// Position of a token among the tokens that a query sees. 32 bits halve the selectors' arrays;
+/// `population::max_size` is checked at the API's edge.
+using ordinal = std::uint32_t;
+
+/// Head size that is known at run time only.
+inline constexpr index_t dynamic = -1;
+
+}  // namespace vattn

@@ -1,0 +1,218 @@
+// What the library asks of a key/value cache, and the strided view that most engines' caches are.
+#pragma once
+
+#include <concepts>
+#include <span>
+#include <type_traits>
+
+#include "vattn/config.hpp"
+#include "vattn/kernel/row.hpp"
+#include "vattn/status.hpp"
+#include "vattn/tensor.hpp"
+
+namespace vattn {
+
+/// One KV head of one sequence: n keys of dk elements and n values of dv elements.
+/// `key(i)` and `value(i)` return rows (see kernel/row.hpp); paged, quantised and transposed caches
+/// model this concept with rows of their own.
+template <class H>
+concept kv_head = requires(const H& head, index_t token) {
+  { head.size() } -> std::convertible_to<index_t>;
+  { head.dk() } -> std::convertible_to<index_t>;
+  { head.dv() } -> std::convertible_to<index_t>;
+  { head.key(token) } -> kernel::row;
+  { head.value(token) } -> kernel::row;
+};
+
+/// A KV head that stores the Euclidean norm of each value row (one float a token). With norms a
+/// ranking sees tokens whose value, not whose logit, is large; without, the functor computes them.
+template <class H>
+concept kv_head_with_value_norms = kv_head<H> && requires(const H& head, index_t token) {
+  { head.has_value_norms() } -> std::convertible_to<bool>;
+  { head.value_norm(token) } -> std::convertible_to<float>;
+};
+
+/// A cache: batch x KV heads. Sequences of a batch may differ in length (`head(b, h).size()`).
+template <class C>
+concept kv_cache = requires(const C& cache, index_t batch, index_t h) {
+  { cache.n_batch() } -> std::convertible_to<index_t>;
+  { cache.n_kv_heads() } -> std::convertible_to<index_t>;
+  { cache.dk() } -> std::convertible_to<index_t>;
+  { cache.dv() } -> std::convertible_to<index_t>;
+  { cache.head(batch, h) } -> kv_head;
+  { cache.validate() } -> std::same_as<status>;
+};
+
+/// BYTES from one token, KV head or sequence to the next.
+struct kv_strides {
+  index_t token = 0;
+  index_t head = 0;
+  index_t batch = 0;
+};
+
+struct kv_shape {
+  index_t n_batch = 1;
+  index_t n_kv_heads = 1;
+  index_t n_tokens = 0;
+  index_t dk = 0;  ///< elements of a key
+  index_t dv = 0;  ///< elements of a value (differs from dk for MLA)
+};
+
+/// One head of a `kv_view`. DK and DV are compile-time head sizes, or `dynamic`.
+template <kernel::element TK, kernel::element TV, index_t DK, index_t DV>
+class kv_head_view {
+ public:
+  using key_row = std::span<const TK, DK == dynamic ? std::dynamic_extent : static_cast<std::size_t>(DK)>;
+  using value_row = std::span<const TV, DV == dynamic ? std::dynamic_extent : static_cast<std::size_t>(DV)>;
+
+  kv_head_view(const std::byte* k, const std::byte* v, const float* value_norms, index_t k_token_stride,
+               index_t v_token_stride, index_t n, index_t dk, index_t dv) noexcept
+      : k_(k),
+        v_(v),
+        norms_(value_norms),
+        k_stride_(k_token_stride),
+        v_stride_(v_token_stride),
+        n_(n),
+        dk_(dk),
+        dv_(dv) {}
+
+  [[nodiscard]] index_t size() const noexcept { return n_; }
+  [[nodiscard]] index_t dk() const noexcept { return DK == dynamic ? dk_ : DK; }
+  [[nodiscard]] index_t dv() const noexcept { return DV == dynamic ? dv_ : DV; }
+  [[nodiscard]] key_row key(index_t token) const noexcept {
+    return key_row(reinterpret_cast<const TK*>(k_ + token * k_stride_), static_cast<std::size_t>(dk()));
+  }
+  [[nodiscard]] value_row value(index_t token) const noexcept {
+    return value_row(reinterpret_cast<const TV*>(v_ + token * v_stride_), static_cast<std::size_t>(dv()));
+  }
+  [[nodiscard]] bool has_value_norms() const noexcept { return norms_ != nullptr; }
+  [[nodiscard]] float value_norm(index_t token) const noexcept { return norms_[token]; }
+
+ private:
+  const std::byte* k_;
+  const std::byte* v_;
+  const float* norms_;
+  index_t k_stride_, v_stride_, n_, dk_, dv_;
+};
+
+/// Non-owning view of K and V with byte strides of their own. Allocates nothing; the buffers must
+/// outlive it. Not for caches whose element stride is not constant (x-packed, transposed V).
+template <kernel::element TK, kernel::element TV = TK, index_t DK = dynamic, index_t DV = DK>
+class kv_view {
+ public:
+  using key_type = TK;
+  using value_type = TV;
+
+  kv_view() = default;
+  kv_view(const TK* k, const kv_strides& k_strides, const TV* v, const kv_strides& v_strides,
+          const kv_shape& shape) noexcept
+      : k_(k), v_(v), k_strides_(k_strides), v_strides_(v_strides), shape_(shape) {}
+
+  [[nodiscard]] index_t n_batch() const noexcept { return shape_.n_batch; }
+  [[nodiscard]] index_t n_kv_heads() const noexcept { return shape_.n_kv_heads; }
+  [[nodiscard]] index_t dk() const noexcept { return DK == dynamic ? shape_.dk : DK; }
+  [[nodiscard]] index_t dv() const noexcept { return DV == dynamic ? shape_.dv : DV; }
+
+  /// Norms of the value rows, float [n_batch, n_kv_heads, n_tokens], kept by the caller as it appends.
+  [[nodiscard]] kv_view with_value_norms(const float* norms) const noexcept {
+    kv_view copy = *this;
+    copy.norms_ = norms;
+    return copy;
+  }
+
+  [[nodiscard]] kv_head_view<TK, TV, DK, DV> head(index_t batch, index_t h) const noexcept {
+    const float* norms = norms_ ? norms_ + (batch * shape_.n_kv_heads + h) * shape_.n_tokens : nullptr;
+    return {reinterpret_cast<const std::byte*>(k_) + batch * k_strides_.batch + h * k_strides_.head,
+            reinterpret_cast<const std::byte*>(v_) + batch * v_strides_.batch + h * v_strides_.head,
+            norms,
+            k_strides_.token,
+            v_strides_.token,
+            shape_.n_tokens,
+            shape_.dk,
+            shape_.dv};
+  }
+
+  /// Catches what cannot be meant: null buffers, sizes that contradict DK or DV, strides in elements.
+  [[nodiscard]] status validate() const noexcept {
+    const kv_shape& s = shape_;
+    if (s.n_batch < 0 || s.n_kv_heads < 1 || s.n_tokens < 0 || s.dk < 1 || s.dv < 1) {
+      return status::error(errc::invalid_argument,
+                           "KV shape is n_batch %lld, n_kv_heads %lld, n_tokens %lld, dk %lld, dv %lld: n_batch and "
+                           "n_tokens may be 0, the others must be at least 1",
+                           ll(s.n_batch), ll(s.n_kv_heads), ll(s.n_tokens), ll(s.dk), ll(s.dv));
+    }
+    if ((DK != dynamic && DK != s.dk) || (DV != dynamic && DV != s.dv)) {
+      return status::error(errc::invalid_argument,
+                           "the view is compiled for dk %lld, dv %lld but the cache has dk %lld, dv %lld: use "
+                           "vattn::dynamic or the right sizes (are K and V swapped?)",
+                           ll(DK), ll(DV), ll(s.dk), ll(s.dv));
+    }
+    if (s.n_batch == 0 || s.n_tokens == 0) return {};
+    if (k_ == nullptr || v_ == nullptr) {
+      return status::error(errc::invalid_argument, "%s is null but the cache has %lld tokens: pass its first row",
+                           k_ == nullptr ? "K" : "V", ll(s.n_tokens));
+    }
+    if (status st = check_strides("K", k_, k_strides_, s.dk * static_cast<index_t>(sizeof(TK)), alignof(TK)); !st)
+      return st;
+    return check_strides("V", v_, v_strides_, s.dv * static_cast<index_t>(sizeof(TV)), alignof(TV));
+  }
+
+ private:
+  static constexpr long long ll(index_t value) noexcept { return static_cast<long long>(value); }
+
+  [[nodiscard]] status check_strides(const char* name, const void* first, const kv_strides& strides, index_t row_bytes,
+                                     std::size_t alignment) const noexcept {
+    const auto check = [&](const char* axis, index_t stride, index_t extent) -> status {
+      const index_t magnitude = stride < 0 ? -stride : stride;
+      if (extent > 1 && magnitude < row_bytes) {
+        return status::error(
+            errc::invalid_argument,
+            "the %s stride of %s is %lld bytes, less than one row of %lld bytes: strides are in bytes, "
+            "not in elements",
+            axis, name, ll(stride), ll(row_bytes));
+      }
+      if (extent > 1 && magnitude % static_cast<index_t>(alignment) != 0) {
+        return status::error(errc::invalid_argument,
+                             "the %s stride of %s is %lld bytes, no multiple of the element size %zu", axis, name,
+                             ll(stride), alignment);
+      }
+      return {};
+    };
+    if (reinterpret_cast<std::uintptr_t>(first) % alignment != 0) {
+      return status::error(errc::invalid_argument, "%s is not aligned to its element size %zu", name, alignment);
+    }
+    if (status st = check("token", strides.token, shape_.n_tokens); !st) return st;
+    if (status st = check("head", strides.head, shape_.n_kv_heads); !st) return st;
+    return check("batch", strides.batch, shape_.n_batch);
+  }
+
+  const TK* k_ = nullptr;
+  const TV* v_ = nullptr;
+  const float* norms_ = nullptr;
+  kv_strides k_strides_{}, v_strides_{};
+  kv_shape shape_{};
+};
+
+/// K [n_batch, n_kv_heads, n_tokens, dk] and V [n_batch, n_kv_heads, n_tokens, dv], dense ("HF cache").
+template <index_t DK = dynamic, index_t DV = DK, kernel::element TK, kernel::element TV>
+[[nodiscard]] kv_view<TK, TV, DK, DV> contiguous_kv(const TK* k, const TV* v, const kv_shape& shape) noexcept {
+  const auto strides = [&](index_t width) {
+    return kv_strides{
+        .token = width, .head = width * shape.n_tokens, .batch = width * shape.n_tokens * shape.n_kv_heads};
+  };
+  return {k, strides(shape.dk * static_cast<index_t>(sizeof(TK))), v,
+          strides(shape.dv * static_cast<index_t>(sizeof(TV))), shape};
+}
+
+/// K [n_batch, n_tokens, n_kv_heads, dk] and V [n_batch, n_tokens, n_kv_heads, dv], dense (tokens outermost).
+template <index_t DK = dynamic, index_t DV = DK, kernel::element TK, kernel::element TV>
+[[nodiscard]] kv_view<TK, TV, DK, DV> token_major_kv(const TK* k, const TV* v, const kv_shape& shape) noexcept {
+  const auto strides = [&](index_t width) {
+    return kv_strides{
+        .token = width * shape.n_kv_heads, .head = width, .batch = width * shape.n_kv_heads * shape.n_tokens};
+  };
+  return {k, strides(shape.dk * static_cast<index_t>(sizeof(TK))), v,
+          strides(shape.dv * static_cast<index_t>(sizeof(TV))), shape};
+}
+
+}  // namespace vattn

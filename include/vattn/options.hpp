@@ -1,0 +1,77 @@
+// What a call carries besides q, K and V.
+#pragma once
+
+#include <limits>
+
+#include "vattn/config.hpp"
+#include "vattn/kernel/row.hpp"
+#include "vattn/tensor.hpp"
+
+namespace vattn {
+
+/// Additive mask, [n_batch, n_q_heads, n_queries, n_tokens] with byte strides (0 broadcasts an axis).
+/// −inf removes a token from the population; any other value is added to the logit. float or half.
+class mask_view {
+ public:
+  mask_view() = default;
+  explicit mask_view(const tensor_view<const float, 4>& mask) noexcept
+      : data_(reinterpret_cast<const std::byte*>(mask.data)), extents_(mask.extents), strides_(mask.strides) {}
+  explicit mask_view(const tensor_view<const Eigen::half, 4>& mask) noexcept
+      : data_(reinterpret_cast<const std::byte*>(mask.data)),
+        extents_(mask.extents),
+        strides_(mask.strides),
+        half_(true) {}
+
+  /// The mask of one query: `operator()(token)` for token in [0, n_tokens).
+  class line {
+   public:
+    line() = default;
+    [[nodiscard]] explicit operator bool() const noexcept { return first_ != nullptr; }
+    [[nodiscard]] float operator()(index_t token) const noexcept {
+      const std::byte* at = first_ + token * stride_;
+      if (half_) return kernel::half_to_float(*reinterpret_cast<const std::uint16_t*>(at));
+      return *reinterpret_cast<const float*>(at);
+    }
+
+   private:
+    friend class mask_view;
+    const std::byte* first_ = nullptr;
+    index_t stride_ = 0;
+    bool half_ = false;
+  };
+
+  [[nodiscard]] explicit operator bool() const noexcept { return data_ != nullptr; }
+  [[nodiscard]] const std::array<index_t, 4>& extents() const noexcept { return extents_; }
+  [[nodiscard]] line at(index_t batch, index_t head, index_t query) const noexcept {
+    line l;
+    if (data_ == nullptr) return l;
+    l.first_ = data_ + batch * strides_[0] + head * strides_[1] + query * strides_[2];
+    l.stride_ = strides_[3];
+    l.half_ = half_;
+    return l;
+  }
+
+ private:
+  const std::byte* data_ = nullptr;
+  std::array<index_t, 4> extents_{}, strides_{};
+  bool half_ = false;
+};
+
+/// logit(i) = cap·tanh(scale·q·k_i / cap) + mask(i) + alibi·(i − position of the query)
+struct attention_options {
+  /// Required: 1/sqrt(dk) for most models, 1 for engines that scale q themselves.
+  float scale = std::numeric_limits<float>::quiet_NaN();
+  /// Gemma-style cap of the scaled logit; 0 = none.
+  float softcap = 0;
+  /// Query t of T sees tokens up to n − T + t (aligned to the bottom right).
+  bool causal = false;
+  /// Query t sees the latest `sliding_window` tokens up to its own position n − T + t; 0 = all.
+  index_t sliding_window = 0;
+  mask_view mask{};
+  /// Learned sinks, [n_q_heads]: adds exp(sink − max) to the denominator alone. Null = none.
+  const float* sink_logits = nullptr;
+  /// ALiBi slopes, [n_q_heads]. Null = none.
+  const float* alibi_slopes = nullptr;
+};
+
+}  // namespace vattn

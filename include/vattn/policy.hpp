@@ -1,0 +1,74 @@
+// The four slots of vattention<Policy>, their defaults, and the paper's configurations by name.
+#pragma once
+
+#include "vattn/budget/bounds.hpp"
+#include "vattn/budget/output.hpp"
+#include "vattn/budget/targets.hpp"
+#include "vattn/configuration.hpp"
+#include "vattn/sample/uniform.hpp"
+#include "vattn/select/selector.hpp"
+
+namespace vattn {
+
+/// selector: which tokens are read exactly   (selector_for,     select/selector.hpp)
+/// sampler:  which of the rest are read      (uniform_sampler,  sample/uniform.hpp)
+/// bound:    how far a sampled sum may be off (bound,           budget/bounds.hpp)
+/// target:   what must hold at (ε, δ)        (target_for,       budget/targets.hpp)
+/// Derive and redefine what you change.
+struct default_policy {
+  using selector = select::top_k<select::exact_contributions>;
+  using sampler = sample::uniform_without_replacement;
+  using bound = budget::clt;
+  using target = budget::output;
+};
+
+/// The paper's algorithm: ranking by logits, pilot, one budget from the pilot.
+template <class Target>
+struct published_policy : default_policy {
+  using selector = select::top_k<select::exact_logits>;
+  using target = Target;
+};
+using verified_denominator = published_policy<budget::denominator>;
+using verified_numerator = published_policy<budget::numerator>;
+using verified_sdpa = published_policy<budget::sdpa>;
+
+namespace detail {
+// A head that models the concept, to check selectors before a cache is known.
+struct any_head {
+  [[nodiscard]] index_t size() const;
+  [[nodiscard]] index_t dk() const;
+  [[nodiscard]] index_t dv() const;
+  [[nodiscard]] std::span<const float> key(index_t) const;
+  [[nodiscard]] std::span<const float> value(index_t) const;
+};
+}  // namespace detail
+
+template <class P>
+concept attention_policy = uniform_sampler<typename P::sampler> && bound<typename P::bound> &&
+    target_for<typename P::target, typename P::bound> &&
+    selector_for<typename P::selector, query_row<detail::any_head>>;
+
+/// Configurations of the paper's experiments (section 5 and appendix of arXiv 2510.05688): sinks 128,
+/// window 128, heavy share and base rate in the ranges it gives, ε = δ. Use with verified_denominator,
+/// which is what those experiments certify.
+namespace presets {
+
+/// One pilot, one budget, no second opinion: where that leaves ε unreached the certificate says so.
+[[nodiscard]] constexpr config published(double epsilon, double delta, double heavy, double base) noexcept {
+  config c;
+  c.epsilon = epsilon;
+  c.delta = delta;
+  c.heavy = heavy;
+  c.base = base;
+  c.max_rounds = 2;
+  c.accept_last = true;
+  return c;
+}
+
+inline constexpr config paper_tight = published(0.05, 0.05, 0.10, 0.05);
+inline constexpr config paper_default = published(0.10, 0.10, 0.05, 0.02);
+inline constexpr config paper_moderate = published(0.20, 0.20, 0.02, 0.02);
+inline constexpr config paper_loose = published(0.30, 0.30, 0.02, 0.01);
+
+}  // namespace presets
+}  // namespace vattn

@@ -1,0 +1,57 @@
+// Who runs the independent (batch, query, head) tasks of a call. The library starts no thread of its own.
+#pragma once
+
+#include <atomic>
+#include <concepts>
+#include <thread>
+#include <vector>
+
+#include "vattn/config.hpp"
+
+namespace vattn {
+
+struct task_probe {
+  void operator()(index_t, index_t) const noexcept {}
+};
+
+/// `for_each(n, f)` calls f(task, worker) once for every task in [0, n), worker in [0, workers()), and
+/// returns when all are done; two tasks never share a worker at the same time. Tasks are independent and
+/// draw from streams of their own, so no order or thread count changes a result.
+template <class E>
+concept executor = requires(E& e, index_t n) {
+  { e.workers() } -> std::convertible_to<index_t>;
+  e.for_each(n, task_probe{});
+};
+
+/// The calling thread. Allocates nothing.
+struct serial_executor {
+  [[nodiscard]] index_t workers() const noexcept { return 1; }
+  template <class F>
+  void for_each(index_t n, F&& f) {
+    for (index_t task = 0; task < n; ++task) f(task, index_t{0});
+  }
+};
+
+/// std::threads started for each call: simple, for prefill-sized work and tests. A decode loop wants a
+/// pool, or the engine's own threads behind the same two members.
+class thread_executor {
+ public:
+  explicit thread_executor(index_t threads) : threads_(threads < 1 ? 1 : threads) {}
+  [[nodiscard]] index_t workers() const noexcept { return threads_; }
+  template <class F>
+  void for_each(index_t n, F&& f) {
+    std::atomic<index_t> next{0};
+    const auto work = [&](index_t worker) {
+      for (index_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < n;) f(task, worker);
+    };
+    std::vector<std::thread> helpers;
+    for (index_t worker = 1; worker < threads_; ++worker) helpers.emplace_back(work, worker);
+    work(0);
+    for (std::thread& helper : helpers) helper.join();
+  }
+
+ private:
+  index_t threads_;
+};
+
+}  // namespace vattn

@@ -1,0 +1,132 @@
+// vattention<Policy>: verified sparse attention, the whole pipeline.
+#pragma once
+
+#include "vattn/exact_attention.hpp"
+#include "vattn/policy.hpp"
+
+namespace vattn {
+
+/// Attention of a few queries against a KV cache, read from as few rows as it takes for its error to be
+/// at most ε with probability 1 − δ for each query and head, with a certificate that says what was
+/// promised and what it cost. Holds settings alone: one object serves all layers and threads.
+///
+/// Shapes: q [n_batch, n_queries, n_q_heads, dk], output [n_batch, n_queries, n_q_heads, dv]; query head
+/// h reads KV head h / (n_q_heads / n_kv_heads). Allocates nothing but a growing `workspace`. Never
+/// throws; with a status other than ok the outputs are unspecified.
+/// Source: "vAttention: Verified Sparse Attention", arXiv 2510.05688.
+/// When not to use it: prefill, and caches of a few thousand tokens, where reading every row is cheaper.
+template <class Policy = default_policy>
+class vattention {
+  static_assert(
+      attention_policy<Policy>,
+      "vattention<Policy>: supply `selector`, `sampler`, `bound` and `target` (derive from vattn::default_policy "
+      "and redefine what you change); vattn/policy.hpp names the concept of each");
+
+ public:
+  using selector = typename Policy::selector;
+  using sampler = typename Policy::sampler;
+  using bound = typename Policy::bound;
+  using target = typename Policy::target;
+
+  explicit vattention(const config& settings = {}, const selector& select = {}) noexcept
+      : settings_(settings), selector_(select) {}
+
+  [[nodiscard]] const vattn::config& settings() const noexcept { return settings_; }
+
+  /// Bytes of workspace for sequences of at most n tokens.
+  [[nodiscard]] std::size_t workspace_bytes(index_t n, index_t dk, index_t dv, bool masked = false,
+                                            index_t workers = 1) const noexcept {
+    return call_bytes(n, dk, dv, masked, sizes(n), workers);
+  }
+
+  template <class Q, kv_cache KV, executor E = serial_executor>
+  status operator()(const tensor_view<const Q, 4>& q, const KV& cache, const attention_options& options,
+                    const attention_result& result, workspace& memory, const draw_key& key = {},
+                    E&& exec = E{}) const noexcept {
+    if (status s = settings_.validate(); !s) return s;
+    if (status s = check_call(q, cache, options, result); !s) return s;
+    return for_each_query(
+        q, cache, options, result, memory, key, exec, sizes(longest(cache)),
+        [this](const auto& row, const population& tokens, const random_stream& stream, scratch& s, softmax_state& state,
+               certificate& c) { return attend(row, tokens, stream, s, state, c); });
+  }
+
+ private:
+  // One query of one head. View -> select -> sample -> estimate -> judge -> certify.
+  template <kv_head Head>
+  [[nodiscard]] bool attend(const query_row<Head>& row, const population& tokens, const random_stream& stream,
+                            scratch& s, softmax_state& state, certificate& c) const noexcept {
+    const index_t n = tokens.size(), fixed = settings_.sinks + settings_.window;
+    const auto most = static_cast<index_t>(settings_.max_density * static_cast<double>(n));
+    c.epsilon = settings_.epsilon, c.delta = settings_.delta, c.scale = settings_.scale, c.target = target::kind;
+    if (fixed + settings_.min_sample >= most) return attend_exactly(row, tokens, s, state, c);
+
+    const score_result scores = selector_.score(row, tokens, s.scores.first(static_cast<std::size_t>(n)));
+    if (!scores.ok) return false;
+    ranking order(s.scores, settings_.sinks, n - settings_.window, s.order);
+    split want = target::first(n, order.size(), selector_.heavy_count(order, n, settings_), settings_);
+
+    // Exact part: sinks and window, then the ranking's best as they come.
+    add_sink(state, row.sink_logit);
+    softmax_state part(s.part);
+    bool finite = accumulate_exact(
+        row, fixed, [&](index_t j) { return tokens[j < settings_.sinks ? j : n - fixed + j]; }, state, part, true);
+    const auto read_heavy = [&] {
+      const index_t have = order.count();
+      order.extend(want.heavy);
+      return accumulate_exact(
+          row, order.count() - have, [&](index_t j) { return tokens[order.top()[static_cast<std::size_t>(have + j)]]; },
+          state, part, true);
+    };
+    finite = finite && read_heavy();
+
+    // Sampled part: deviations from the exact part's output, so that shared means cancel.
+    state.finish(s.centre);
+    residual_moments moments(s.moments, row.dv());
+    moments.clear(s.centre, state.max_logit());
+    residual_sample sample(row, tokens, settings_.sinks, settings_.window, order,
+                           sampler(static_cast<ordinal>(n), stream, s.table), s.drawn, moments);
+
+    for (c.rounds = 1; finite; ++c.rounds) {
+      if (fixed + want.heavy + want.sampled > most) return attend_exactly(row, tokens, s, state, c);
+      finite = sample.grow(want.sampled);
+      const estimate now = make_estimate(state, moments, sample.population_size(), s.offset);
+      if (!finite || !now.finite) return false;
+
+      const look seen{now, moments, s.offset, order,     sample.rows(),
+                      n,   fixed,   scores,   settings_, sampler::with_replacement};
+      const verdict v = target::template judge<bound>(seen);
+      if (v.met || (settings_.accept_last && c.rounds >= settings_.max_rounds)) {
+        c.rows_exact = fixed + order.count();
+        c.rows_sampled = sample.count();
+        c.budget = v.budget;
+        c.epsilon_achieved = v.epsilon_achieved;
+        c.denominator_error = budget::denominator_error<bound>(seen);
+        c.coherence = now.power > 0 ? std::sqrt(now.output2 / now.power) : 0;
+        c.promise = bound::kind, c.bound = bound::name, c.assumptions = bound::assumptions;
+        c.saturated = !v.met;
+        add_residual(state, now, moments);
+        return true;
+      }
+      if (c.rounds >= settings_.max_rounds) return attend_exactly(row, tokens, s, state, c);
+      want = v.next;
+      if (want.heavy > order.count()) {
+        if (fixed + want.heavy + want.sampled > most) continue;  // the check above ends it
+        finite = read_heavy();
+        sample.shed();
+      }
+    }
+    return false;
+  }
+
+  [[nodiscard]] scratch::sparse_sizes sizes(index_t n) const noexcept {
+    return {.drawn = static_cast<std::size_t>(std::ceil(settings_.max_density * static_cast<double>(n))),
+            .table = sampler::table_size(static_cast<ordinal>(n)),
+            .ranked = true};
+  }
+
+  vattn::config settings_;
+  [[no_unique_address]] selector selector_;
+};
+
+}  // namespace vattn

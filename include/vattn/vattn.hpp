@@ -1,0 +1,18 @@
+// Verified sparse attention. The order of the includes is the flow of the data.
+#pragma once
+
+// clang-format off
+#include "vattn/config.hpp"             // version, feature macros
+#include "vattn/status.hpp"             // what a call returns
+#include "vattn/kv/view.hpp"            // K and V where they lie
+#include "vattn/options.hpp"            // scale, masks, windows, sinks
+#include "vattn/select/selector.hpp"    // what is read exactly
+#include "vattn/sample/uniform.hpp"     // what is drawn
+#include "vattn/estimate/residual.hpp"  // what the draw says
+#include "vattn/budget/targets.hpp"     // how much is enough: as published
+#include "vattn/budget/output.hpp"      // how much is enough: for the output
+#include "vattn/certify/certificate.hpp"
+#include "vattn/policy.hpp"             // the slots, and the paper's presets
+#include "vattn/exact_attention.hpp"    // every row
+#include "vattn/vattention.hpp"         // the rows that are needed
+// clang-format on

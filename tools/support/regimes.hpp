@@ -1,0 +1,173 @@
+// Synthetic KV caches with known logits: the regimes that examples, tests and benchmarks share.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace vattn::synthetic {
+
+/// One KV head and one query whose logits scale·q·k_i, scale = 1/sqrt(dim), are those of the regime.
+struct cache {
+  std::int64_t n = 0, dim = 0;
+  std::vector<float> q;       // [dim]
+  std::vector<float> k, v;    // [n, dim]
+  std::vector<float> logits;  // [n]
+  [[nodiscard]] float scale() const { return 1 / std::sqrt(static_cast<float>(dim)); }
+};
+
+/// The eight regimes that results are quoted on.
+inline const std::vector<std::string>& standard_regimes() {
+  static const std::vector<std::string> names{"flat",    "gauss1", "gauss2",  "gauss3",
+                                              "laplace", "needle", "student", "plateau"};
+  return names;
+}
+
+/// Regimes that try to break a sampled guarantee.
+inline const std::vector<std::string>& hostile_regimes() {
+  static const std::vector<std::string> names{"spikes",  "ties",   "edge_cluster", "duplicates",
+                                              "bimodal", "cauchy", "staircase",    "constant"};
+  return names;
+}
+
+/// Kinds of values: `mean` and `zero` are those that results are quoted on.
+inline const std::vector<std::string>& value_kinds() {
+  static const std::vector<std::string> names{"mean", "zero", "follow", "heavy_tailed", "one_huge", "low_rank"};
+  return names;
+}
+
+inline std::vector<float> make_logits(std::string_view regime, std::int64_t n, std::mt19937_64& random) {
+  std::normal_distribution<double> normal;
+  std::uniform_real_distribution<double> uniform;
+  std::vector<float> l(static_cast<std::size_t>(n));
+  const auto fill = [&](auto&& draw) {
+    for (float& x : l) x = static_cast<float>(draw());
+  };
+  // `count` distinct places, uniform.
+  const auto places = [&](std::int64_t count) {
+    std::vector<std::size_t> p;
+    while (static_cast<std::int64_t>(p.size()) < std::min(count, n)) {
+      const auto i = std::min(static_cast<std::size_t>(uniform(random) * static_cast<double>(n)), l.size() - 1);
+      if (std::find(p.begin(), p.end(), i) == p.end()) p.push_back(i);
+    }
+    return p;
+  };
+  if (regime == "flat") {
+    fill([&] { return 0.5 * normal(random); });
+  } else if (regime == "gauss1" || regime == "gauss2" || regime == "gauss3") {
+    const double sigma = regime.back() - '0';
+    fill([&] { return sigma * normal(random); });
+  } else if (regime == "laplace") {
+    fill([&] {
+      const double u = uniform(random) - 0.5;
+      return (u < 0 ? 1.2 : -1.2) * std::log1p(-2 * std::min(std::abs(u), 0.5 - 1e-12));
+    });
+  } else if (regime == "needle") {
+    fill([&] { return normal(random); });
+    for (const std::size_t i : places(8)) l[i] += 12;
+  } else if (regime == "student") {
+    std::student_t_distribution<double> t3(3);
+    fill([&] { return std::clamp(t3(random), -20.0, 20.0); });
+  } else if (regime == "plateau") {
+    fill([&] { return 0.05 * normal(random); });
+    for (std::size_t i = 0; i < l.size(); i += 2) l[i] += 3;
+  } else if (regime == "spikes") {  // n/1000 tokens of equal, large weight that a pilot sees none or few of
+    fill([&] { return 0.1 * normal(random); });
+    for (const std::size_t i : places(std::max<std::int64_t>(4, n / 1000))) l[i] = 6;
+  } else if (regime == "ties") {  // a quarter of all tokens tie at the top: every k-th rank is a tie
+    fill([&] { return normal(random); });
+    for (std::size_t i = 0; i < l.size(); i += 4) l[i] = 4;
+  } else if (regime == "edge_cluster") {  // heavy tokens just past a recent window of 128
+    fill([&] { return normal(random); });
+    for (std::int64_t i = std::max<std::int64_t>(0, n - 192); i < std::max<std::int64_t>(0, n - 128); ++i)
+      l[static_cast<std::size_t>(i)] += 7;
+  } else if (regime == "duplicates") {  // sixteen distinct logits, each shared by n/16 tokens
+    fill([&] { return 3 * normal(random); });
+    for (std::size_t i = 16; i < l.size(); ++i) l[i] = l[i % 16];
+  } else if (regime == "bimodal") {  // one token in twenty holds most of the mass
+    fill([&] { return uniform(random) < 0.05 ? 5 + normal(random) : 0.5 * normal(random); });
+  } else if (regime == "cauchy") {
+    std::cauchy_distribution<double> c(0, 1);
+    fill([&] { return std::clamp(c(random), -15.0, 15.0); });
+  } else if (regime == "staircase") {  // weight of each octave of ranks is equal: no k is right
+    for (std::size_t i = 0; i < l.size(); ++i) l[i] = static_cast<float>(-std::log(static_cast<double>(i) + 1));
+    std::shuffle(l.begin(), l.end(), random);
+  } else if (regime == "constant") {
+    fill([] { return 1.0; });
+  } else {
+    throw std::invalid_argument("unknown regime '" + std::string(regime) + "'");
+  }
+  return l;
+}
+
+inline std::vector<float> make_values(std::string_view kind, const std::vector<float>& logits, std::int64_t dim,
+                                      std::mt19937_64& random) {
+  std::normal_distribution<float> normal;
+  const std::size_t n = logits.size(), d = static_cast<std::size_t>(dim);
+  std::vector<float> v(n * d), shared(d), direction(d);
+  for (float& x : shared) x = normal(random);
+  for (float& x : direction) x = normal(random);
+  std::student_t_distribution<float> t2(2);
+  if (std::find(value_kinds().begin(), value_kinds().end(), kind) == value_kinds().end()) {
+    throw std::invalid_argument("unknown value kind '" + std::string(kind) + "'");
+  }
+  for (std::size_t i = 0; i < n; ++i) {
+    const float tail = kind == "heavy_tailed" ? std::abs(t2(random)) : 1.0f;
+    const float a = normal(random), b = normal(random);
+    for (std::size_t j = 0; j < d; ++j) {
+      float x = normal(random);
+      if (kind == "follow") x = 0.3f * x + 0.5f * logits[i] * direction[j];
+      if (kind == "low_rank") x = a * direction[j] + b * shared[j] + 0.05f * x;
+      if (kind == "mean" || kind == "heavy_tailed" || kind == "one_huge" || kind == "follow") x += shared[j];
+      v[i * d + j] = tail * x;
+    }
+  }
+  if (kind == "one_huge" && n > 0) {
+    const std::size_t i = std::uniform_int_distribution<std::size_t>(0, n - 1)(random);
+    for (std::size_t j = 0; j < d; ++j) v[i * d + j] *= 1000;
+  }
+  return v;
+}
+
+/// Keys whose component along q is the logit and whose rest is noise orthogonal to q.
+inline cache make_cache(std::string_view regime, std::string_view values, std::int64_t n, std::int64_t dim,
+                        std::uint64_t seed) {
+  std::mt19937_64 random(seed * 0x9E3779B97F4A7C15u + 1);
+  std::normal_distribution<float> normal;
+  cache c;
+  c.n = n;
+  c.dim = dim;
+  c.logits = make_logits(regime, n, random);
+  const auto d = static_cast<std::size_t>(dim);
+  c.q.resize(d);
+  std::vector<float> unit(d);
+  double norm2 = 0;
+  for (float& x : unit) {
+    x = normal(random);
+    norm2 += static_cast<double>(x) * x;
+  }
+  for (std::size_t j = 0; j < d; ++j) {
+    unit[j] /= static_cast<float>(std::sqrt(norm2));
+    c.q[j] = unit[j] * std::sqrt(static_cast<float>(dim));  // scale·q is then the unit vector
+  }
+  c.k.resize(static_cast<std::size_t>(n) * d);
+  for (std::size_t i = 0; i < static_cast<std::size_t>(n); ++i) {
+    float* row = c.k.data() + i * d;
+    double along = 0;
+    for (std::size_t j = 0; j < d; ++j) {
+      row[j] = normal(random);
+      along += static_cast<double>(row[j]) * unit[j];
+    }
+    for (std::size_t j = 0; j < d; ++j) row[j] += static_cast<float>(c.logits[i] - along) * unit[j];
+    if (regime == "duplicates" && i >= 16) std::copy_n(c.k.data() + (i % 16) * d, d, row);
+  }
+  c.v = make_values(values, c.logits, dim, random);
+  return c;
+}
+
+}  // namespace vattn::synthetic
