@@ -11,8 +11,10 @@ struct config {
   /// Lets the target choose (see budget/targets.hpp and budget/output.hpp).
   static constexpr double automatic = -1;
 
-  double epsilon = 0.05;     ///< in (0, 1): error relative to `scale`
-  double delta = 0.1;        ///< in (0, 1): share of draws that may exceed epsilon
+  double epsilon = 0.05;  ///< in (0, 1): error relative to `scale`
+  double delta = 0.1;     ///< in (0, 1): share of draws that may exceed epsilon
+  /// delta is for a whole call, all queries and heads together (union bound), not for each.
+  bool joint = false;
   index_t sinks = 128;       ///< first visible tokens, always exact
   index_t window = 128;      ///< last visible tokens, always exact
   double heavy = automatic;  ///< share read exactly because it scores highest, [0, 1]

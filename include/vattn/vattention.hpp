@@ -45,10 +45,14 @@ class vattention {
                     E&& exec = E{}) const noexcept {
     if (status s = settings_.validate(); !s) return s;
     if (status s = check_call(q, cache, options, result); !s) return s;
+    vattention each = *this;
+    if (settings_.joint)
+      each.settings_.delta /= static_cast<double>(
+          std::max<index_t>(1, result.output.extents[0] * result.output.extents[1] * result.output.extents[2]));
     return for_each_query(
         q, cache, options, result, memory, key, exec, sizes(longest(cache)),
-        [this](const auto& row, const population& tokens, const random_stream& stream, scratch& s, softmax_state& state,
-               certificate& c) { return attend(row, tokens, stream, s, state, c); });
+        [&each](const auto& row, const population& tokens, const random_stream& stream, scratch& s,
+                softmax_state& state, certificate& c) { return each.attend(row, tokens, stream, s, state, c); });
   }
 
  private:
@@ -61,7 +65,8 @@ class vattention {
     c.epsilon = settings_.epsilon, c.delta = settings_.delta, c.scale = settings_.scale, c.target = target::kind;
     if (fixed + settings_.min_sample >= most) return attend_exactly(row, tokens, s, state, c);
 
-    const score_result scores = selector_.score(row, tokens, s.scores.first(static_cast<std::size_t>(n)));
+    const score_result scores =
+        selector_.score(row, tokens, s.scores.first(static_cast<std::size_t>(n)), s.value_centre);
     if (!scores.ok) return false;
     ranking order(s.scores, settings_.sinks, n - settings_.window, s.order);
     split want = target::first(n, order.size(), selector_.heavy_count(order, n, settings_), settings_);
@@ -93,8 +98,17 @@ class vattention {
       const estimate now = make_estimate(state, moments, sample.population_size(), s.offset);
       if (!finite || !now.finite) return false;
 
-      const look seen{now, moments, s.offset, order,     sample.rows(),
-                      n,   fixed,   scores,   settings_, sampler::with_replacement};
+      const look seen{now,
+                      moments,
+                      s.offset,
+                      order,
+                      sample.rows(),
+                      n,
+                      fixed,
+                      scores,
+                      s.value_centre,
+                      settings_,
+                      sampler::with_replacement};
       const verdict v = target::template judge<bound>(seen);
       if (v.met || (settings_.accept_last && c.rounds >= settings_.max_rounds)) {
         c.rows_exact = fixed + order.count();

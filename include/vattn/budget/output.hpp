@@ -10,24 +10,33 @@
 
 namespace vattn::budget {
 
-/// ‖ô − o‖ <= ε T, T the scale of config::scale. Each look states V̂ = N_r²·(1 − m/N_r)/m·s², the
-/// estimated mean square of the error, and stops when V̂·F⁻¹(1 − δ; ν₁, ν₂) <= (εT)². If not, it goes on
-/// to the (k, m) of fewest rows that its own sample predicts to be enough.
+/// ‖ô − o‖ <= ε T, T the scale of config::scale. Asymptotic bounds: each look states
+/// V̂ = N_r²·(1 − m/N_r)/m·s², the estimated mean square of the error, and stops when
+/// V̂·F⁻¹(1 − δ; ν₁, ν₂) <= (εT)²; if not, it goes on to the (k, m) of fewest rows that its own sample
+/// predicts to be enough. Finite-sample bounds: looks at a fixed schedule, without linearisation.
 struct output {
   static constexpr target_kind kind = target_kind::output;
 
-  /// `heavy` and `base` automatic: n/256 and the residual's 1/256, at least 64 and 128, at most 512.
+  /// `base` automatic: n/256 rows, at least 128, at most 256.
   [[nodiscard]] static split first(index_t n, index_t residual, index_t heavy, const config& c) noexcept {
-    split s{heavy, c.min_sample};
-    if (c.heavy == config::automatic) s.heavy = std::min(heavy, std::clamp<index_t>(n / 256, 64, 512));
-    s.sampled = c.base == config::automatic ? std::clamp<index_t>(n / 256, 128, 512)
-                                            : static_cast<index_t>(std::ceil(c.base * static_cast<double>(residual)));
-    s.sampled = std::max(s.sampled, c.min_sample);
-    return s;
+    const index_t pilot = c.base == config::automatic
+                              ? std::clamp<index_t>(n / 256, 128, 256)
+                              : static_cast<index_t>(std::ceil(c.base * static_cast<double>(residual)));
+    return {heavy, std::max(pilot, c.min_sample)};
   }
 
   template <bound B>
   [[nodiscard]] static verdict judge(const look& l) noexcept {
+    if constexpr (B::kind == guarantee::finite_sample) {
+      return certify<B>(l);
+    } else {
+      return verify<B>(l);
+    }
+  }
+
+ private:
+  template <bound B>
+  [[nodiscard]] static verdict verify(const look& l) noexcept {
     const estimate& e = l.now;
     const linearised_terms y = linearise(e, l.moments, l.offset);
     sum_evidence evidence;
@@ -36,7 +45,8 @@ struct output {
     evidence.sampled = e.sampled;
     evidence.dimension = y.dimension;
     evidence.dof = y.dof;
-    // A term as large as the selector's bound allows may be in the residual unseen: count one such.
+    // A term as large as the selector's bound allows may be in the residual unseen: count one such. Of m
+    // draws none hits a share 1/m of spikes with probability 1/e, and their error is that one term.
     const double guard = unseen_term(l, l.order.bound());
     evidence.variance = y.variance + guard * guard / e.sampled;
 
@@ -44,16 +54,47 @@ struct output {
                                finite_population(evidence, e.sampled);
     const double scale = std::sqrt(squared_scale(l, mean_square));
     verdict v;
-    v.epsilon_achieved =
-        scale > 0 ? B::radius(evidence, e.sampled, l.settings.delta) / scale : std::numeric_limits<double>::infinity();
+    const double radius = B::radius(evidence, e.sampled, l.settings.delta);
+    v.epsilon_achieved = radius > 0 ? radius / scale : 0;
     v.met = v.epsilon_achieved <= l.settings.epsilon;
-    v.next = v.met ? split{l.order.count(), l.now.s.rows > 0 ? static_cast<index_t>(e.sampled) : 0}
+    v.next = v.met ? split{l.order.count(), static_cast<index_t>(e.sampled)}
                    : cheapest<B>(l, evidence, y.variance, l.settings.epsilon * scale);
     v.budget = v.next.sampled;
     return v;
   }
 
- private:
+  // No linearisation and nothing estimated but second moments. With c and s fixed before the draw, the
+  // terms J = x·(v − c, s) and E the error of their estimated sum: since o D = N,
+  //   (ô − o) D̂ = E_N − (o − c) E_D, so e D̂ <= sqrt(1 + ‖ô − c‖²/s²)·‖E‖ + e‖E‖/s  (Cauchy-Schwarz)
+  // and e <= sqrt(1 + ‖ô − c‖²/s²)·‖E‖ / (D̂ − ‖E‖/s). Looks follow a schedule that does not depend on the
+  // draw, and δ is split among them, so that the promise survives the choice of when to stop.
+  template <bound B>
+  [[nodiscard]] static verdict certify(const look& l) noexcept {
+    const estimate& e = l.now;
+    verdict v = scheduled(l);
+    v.epsilon_achieved = std::numeric_limits<double>::infinity();
+    if (l.scores.kind != score_kind::contribution) return v;  // no range is known
+    const double s = l.scores.value_offset;
+    sum_evidence j;
+    j.with_replacement = l.with_replacement;
+    j.population = e.population;
+    j.sampled = e.sampled;
+    j.second_moment = (e.s.C + s * s * e.s.A) / e.sampled;
+    j.radius = std::exp(l.order.bound() - e.reference) *
+               reach(
+                   l, [&](std::size_t i) { return double{l.moments.centre()[i]}; }, s);
+    const double error = B::radius(j, e.sampled, level<B>(l.settings));
+    const double denominator = e.denominator - error / s;
+    if (!(denominator > 0)) return v;
+    const double away = std::sqrt(1 + e.u2 / (s * s)) * error / denominator;
+    // ‖o‖ >= ‖ô‖ − e, and RMS >= ‖o‖.
+    const double scale = std::sqrt(e.output2) - away;
+    if (!(scale > 0)) return v;
+    v.epsilon_achieved = away / scale;
+    v.met = v.epsilon_achieved <= l.settings.epsilon;
+    return v;
+  }
+
   // ‖ô‖² is inflated by the error's own mean square; RMS is not.
   [[nodiscard]] static double squared_scale(const look& l, double mean_square) noexcept {
     if (l.settings.scale == error_scale::rms) return l.now.power;
@@ -65,10 +106,10 @@ struct output {
     const estimate& e = l.now;
     if (l.scores.kind == score_kind::ranking || l.order.size() == l.order.count()) return 0;
     const double x = std::exp(bound - e.reference) / e.denominator;
-    // contribution: x(‖v‖ + ‖ô‖) <= x(‖v‖ + offset)·max(1, ‖ô‖/offset). logit: a value as large as the
-    // attended values are in the mean.
     if (l.scores.kind == score_kind::contribution)
-      return x * std::max(1.0, std::sqrt(e.output2) / l.scores.value_offset);
+      return x * reach(
+                     l, [&](std::size_t j) { return double{l.moments.centre()[j]} + l.offset[j]; }, 0);
+    // Logits say nothing of ‖v‖: a value as large as the attended ones are in the mean, opposite to ô.
     return x * (std::sqrt(e.power) + std::sqrt(e.output2));
   }
 
@@ -77,50 +118,69 @@ struct output {
   template <bound B>
   [[nodiscard]] static split cheapest(const look& l, const sum_evidence& now, double variance, double tau) noexcept {
     // Aimed a little past the goal: one more look costs about as much as the rows it would save.
-    constexpr double aim = 0.95;
+    constexpr double aim = 0.97;
+    // A sample at most doubles at a look: a small one sees too heavy a tail and would ask for too much.
+    constexpr double growth = 1;
     const estimate& e = l.now;
     const index_t k = l.order.count();
-    double all = 0;
-    for (const drawn_row& r : l.rows) all += term(r, e.reference);
-    const double per_term = all > 0 ? variance * (e.sampled - 1) / all : 0;  // about c -> about ô, centred
+    // Terms about c, scaled so that all of them give the variance about ô.
+    tally all;
+    for (const drawn_row& r : l.rows) all.add(term(r, e.reference));
+    const double per_term = all.sum > 0 ? variance * (e.sampled - 1) / all.sum : 0;
 
     split best{k, std::numeric_limits<index_t>::max()};
-    const auto consider = [&](index_t heavy, double kept_rows, double kept_terms, float bound) {
+    const auto consider = [&](index_t heavy, const tally& kept, float bound) {
       sum_evidence s = now;
       s.population = e.population - static_cast<double>(heavy - k);
-      if (s.population < 1 || kept_rows < 2) return;
+      if (s.population < 1 || kept.rows < 2) return;
       const double guard = unseen_term(l, bound);
-      s.variance = kept_terms * per_term / (kept_rows - 1) + guard * guard / e.sampled;
-      double m = kept_rows;
-      for (int i = 0; i < 3; ++i) {  // ν₂ grows with m: a fixed point in a few steps
-        s.dof = now.dof * m / e.sampled;
-        m = std::max(kept_rows, sample_size<B>(s, aim * tau, l.settings.delta));
+      double m = e.sampled;
+      for (int i = 0; i < 3; ++i) {  // ν₂ and the guard's share depend on m: a fixed point in a few steps
+        s.variance = kept.sum * per_term / (kept.rows - 1) + guard * guard / m;
+        // Without its heaviest terms the variance is the better known: the ranking lightens the tail.
+        s.dof = now.dof * kept.effective() / all.effective() * m / kept.rows;
+        m = std::max(kept.rows, sample_size<B>(s, aim * tau, l.settings.delta));
       }
       const auto rows = static_cast<index_t>(m);
       if (best.sampled == std::numeric_limits<index_t>::max() || heavy + rows < best.heavy + best.sampled)
         best = {heavy, rows};
     };
-    consider(k, e.sampled, all, l.order.bound());
+    consider(k, all, l.order.bound());
     if (l.settings.heavy == config::automatic && l.scores.kind != score_kind::ranking) {
       const index_t most = std::min(l.order.size() - 1, l.n / 4);
       for (double rung = 1.5 * static_cast<double>(std::max<index_t>(k, 32)); rung <= static_cast<double>(most);
            rung *= 1.5) {
         const auto heavy = static_cast<index_t>(rung);
-        const ordinal last = l.order.at_rank(heavy);
-        double rows = 0, terms = 0;
-        for (const drawn_row& r : l.rows) {
-          if (!l.order.before(last, r.place)) continue;
-          rows += 1;
-          terms += term(r, e.reference);
-        }
-        consider(heavy, rows, terms, l.order.score(last));
         if (heavy > best.heavy + best.sampled) break;  // dearer than the best already, and rising
+        const ordinal last = l.order.at_rank(heavy);
+        tally kept;
+        for (const drawn_row& r : l.rows) {
+          if (l.order.before(last, r.place)) kept.add(term(r, e.reference));
+        }
+        consider(heavy, kept, l.order.score(last));
       }
     }
     if (best.sampled == std::numeric_limits<index_t>::max()) best.sampled = static_cast<index_t>(e.population);
+    // A far jump from a small sample overshoots: the tail it saw decides, and a larger sample sees better.
+    const double have = static_cast<double>(k) + e.sampled, asked = static_cast<double>(best.heavy + best.sampled);
+    if (const double part = growth * have / (asked - have); part < 1) {
+      best.heavy = k + static_cast<index_t>(part * static_cast<double>(best.heavy - k));
+      best.sampled = static_cast<index_t>(e.sampled + part * (static_cast<double>(best.sampled) - e.sampled));
+    }
     if (best.heavy == k) best.sampled = std::max(best.sampled, static_cast<index_t>(e.sampled) + 1);
     return best;
   }
+
+  struct tally {
+    double rows = 0, sum = 0, square = 0;
+    void add(double t) noexcept {
+      rows += 1;
+      sum += t;
+      square += t * t;
+    }
+    // Rows that carry the sum: all of them if equal, 1 if one dominates.
+    [[nodiscard]] double effective() const noexcept { return square > 0 ? sum * sum / square : rows; }
+  };
 
   [[nodiscard]] static double term(const drawn_row& r, double reference) noexcept {
     const double x = std::exp(r.logit - reference);

@@ -29,6 +29,7 @@ struct look {
   index_t n;      ///< visible tokens
   index_t fixed;  ///< sinks + window
   score_result scores;
+  std::span<const float> value_centre;  ///< [dv], of score_kind::contribution
   const config& settings;
   bool with_replacement;
 };
@@ -51,6 +52,43 @@ concept target_for = bound<Bound> && requires(const look& l, index_t n, const co
 
 namespace budget {
 
+/// With a contribution ranking every residual x·sqrt(‖v − p‖² + s²) is at most exp(k-th score) times this:
+/// the largest sqrt(((t + r)² + s²)/(t² + offset²)) over t = ‖v − centre‖ >= 0, r = ‖p − centre‖. At the
+/// maximum r t² + (r² + s² − offset²) t − r offset² = 0.
+template <class Point>
+[[nodiscard]] double reach(const look& l, Point&& p, double s) noexcept {
+  double r2 = 0;
+  for (std::size_t j = 0; j < l.value_centre.size(); ++j) {
+    const double d = p(j) - l.value_centre[j];
+    r2 += d * d;
+  }
+  const double r = std::sqrt(r2), o2 = double{l.scores.value_offset} * l.scores.value_offset, s2 = s * s;
+  const auto square = [&](double t) { return ((t + r) * (t + r) + s2) / (t * t + o2); };
+  double most = std::max(1.0, square(0));  // 1 is the limit of large t
+  if (r > 0) {
+    const double b = r2 + s2 - o2;
+    most = std::max(most, square((std::sqrt(b * b + 4 * r2 * o2) - b) / (2 * r)));
+  }
+  return std::sqrt(most);
+}
+
+/// δ of one look. Asymptotic bounds: all of it (docs/statistics.md measures what repeated looks do).
+/// Finite-sample bounds: an equal part for each possible look.
+template <bound B>
+[[nodiscard]] double level(const config& c) noexcept {
+  return B::kind == guarantee::finite_sample ? c.delta / static_cast<double>(c.max_rounds) : c.delta;
+}
+
+/// The next look of a finite-sample bound: twice the rows of each kind, whatever the draw has shown.
+[[nodiscard]] inline verdict scheduled(const look& l) noexcept {
+  verdict v;
+  const auto sampled = static_cast<index_t>(l.rows.size());
+  const bool fixed = l.settings.heavy != config::automatic || l.scores.kind == score_kind::ranking;
+  v.next = {fixed ? l.order.count() : std::min(2 * l.order.count(), l.order.size()), 2 * sampled};
+  v.budget = sampled;
+  return v;
+}
+
 /// Terms x of the denominator.
 [[nodiscard]] inline sum_evidence denominator_evidence(const look& l) noexcept {
   const estimate& e = l.now;
@@ -61,7 +99,7 @@ namespace budget {
   d.sampled = e.sampled;
   d.variance = std::max(0.0, (e.s.A - e.s.S * e.s.S / e.sampled) / (e.sampled - 1));
   d.second_moment = e.s.A / e.sampled;
-  // The k-th score bounds every residual logit, or x(‖v‖ + offset) and so offset·x.
+  // The k-th score bounds every residual logit, or x·sqrt(‖v − centre‖² + offset²) and so offset·x.
   const double bound = std::exp(l.order.bound() - e.reference);
   if (l.scores.kind == score_kind::logit) d.radius = bound;
   if (l.scores.kind == score_kind::contribution) d.radius = bound / l.scores.value_offset;
@@ -86,8 +124,11 @@ template <bound B>
   const double mean2 = e.first2 + 2 * e.s.S * e.first_c + e.s.S * e.s.S * e.centre2;  // ‖Σ x v‖²
   n.variance = std::max(0.0, (square - mean2 / e.sampled) / (e.sampled - 1));
   n.second_moment = square / e.sampled;
-  // x‖v‖ <= x(‖v‖ + offset). Logits alone say nothing of ‖v‖.
-  if (l.scores.kind == score_kind::contribution) n.radius = std::exp(l.order.bound() - e.reference);
+  // Logits alone say nothing of ‖v‖.
+  if (l.scores.kind == score_kind::contribution) {
+    n.radius = std::exp(l.order.bound() - e.reference) * reach(
+                                                             l, [](std::size_t) { return 0.0; }, 0);
+  }
   return n;
 }
 
@@ -101,12 +142,15 @@ struct pilot_then_budget {
   }
 
  protected:
+  template <bound B>
   [[nodiscard]] static verdict conclude(const look& l, double achieved, double rows) noexcept {
     verdict v;
+    if (B::kind == guarantee::finite_sample) v.next = {l.order.count(), scheduled(l).next.sampled};
     v.epsilon_achieved = achieved;
     v.budget = static_cast<index_t>(std::ceil(rows));
     v.met = achieved <= l.settings.epsilon;
-    v.next = {l.order.count(), std::max(v.budget, static_cast<index_t>(l.rows.size()) + 1)};
+    if (B::kind != guarantee::finite_sample)
+      v.next = {l.order.count(), std::max(v.budget, static_cast<index_t>(l.rows.size()) + 1)};
     return v;
   }
 };
@@ -119,8 +163,8 @@ struct denominator : pilot_then_budget {
   [[nodiscard]] static verdict judge(const look& l) noexcept {
     const sum_evidence d = denominator_evidence(l);
     const double D = l.now.denominator;
-    return conclude(l, B::radius(d, d.sampled, l.settings.delta) / D,
-                    sample_size<B>(d, l.settings.epsilon * D, l.settings.delta));
+    return conclude<B>(l, B::radius(d, d.sampled, level<B>(l.settings)) / D,
+                       sample_size<B>(d, l.settings.epsilon * D, level<B>(l.settings)));
   }
 };
 
@@ -133,8 +177,8 @@ struct numerator : pilot_then_budget {
     const sum_evidence n = numerator_evidence(l);
     const double norm = std::sqrt(l.now.output2) * l.now.denominator;
     return conclude(
-        l, norm > 0 ? B::radius(n, n.sampled, l.settings.delta) / norm : std::numeric_limits<double>::infinity(),
-        sample_size<B>(n, l.settings.epsilon * norm, l.settings.delta));
+        l, norm > 0 ? B::radius(n, n.sampled, level<B>(l.settings)) / norm : std::numeric_limits<double>::infinity(),
+        sample_size<B>(n, l.settings.epsilon * norm, level<B>(l.settings)));
   }
 };
 
@@ -148,7 +192,7 @@ struct sdpa : pilot_then_budget {
   [[nodiscard]] static verdict judge(const look& l) noexcept {
     const sum_evidence d = denominator_evidence(l), n = numerator_evidence(l);
     const double D = l.now.denominator, norm = std::sqrt(l.now.output2) * D;
-    const double delta = l.settings.delta;
+    const double delta = level<B>(l.settings);
     const auto output_error = [&](double m, double share) {
       const double e1 = B::radius(n, m, share * delta) / norm, e2 = B::radius(d, m, (1 - share) * delta) / D;
       return e2 < 1 && norm > 0 ? (e1 + e2) / (1 - e2) : std::numeric_limits<double>::infinity();
@@ -164,7 +208,7 @@ struct sdpa : pilot_then_budget {
     };
     // Both radii grow without bound as their δ vanishes, so the error is unimodal in the share.
     const double share = minimise(0.01, 0.99, [&](double s) { return output_error(d.sampled, s); });
-    return conclude(l, output_error(d.sampled, share), rows(share));
+    return conclude<B>(l, output_error(d.sampled, share), rows(share));
   }
 
  private:

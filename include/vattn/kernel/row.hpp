@@ -100,12 +100,26 @@ template <element T, std::size_t E>
   }
 }
 
-/// What a cache's `key(i)` and `value(i)` return. For a row type of your own supply these four in its
+/// ‖row − centre‖², in float.
+template <element T, std::size_t E>
+[[nodiscard]] inline float squared_distance(std::span<const T, E> row, const float* centre) noexcept {
+  float sum = 0, buffer[tile];
+  for (std::size_t j = 0; j < row.size(); j += tile) {
+    const std::span<const T> part = std::span<const T>(row).subspan(j, std::min(tile, row.size() - j));
+    load(part, buffer);
+    const auto n = static_cast<Eigen::Index>(part.size());
+    sum += (const_float_map(buffer, n) - const_float_map(centre + j, n)).squaredNorm();
+  }
+  return sum;
+}
+
+/// What a cache's `key(i)` and `value(i)` return. For a row type of your own supply these five in its
 /// namespace, where argument-dependent lookup finds them.
 template <class R>
 concept row = requires(const R& r, const float* q, float* acc) {
   { dot(q, r) } -> std::convertible_to<float>;
   { squared_norm(r) } -> std::convertible_to<float>;
+  { squared_distance(r, q) } -> std::convertible_to<float>;
   axpy(1.0f, r, acc);
   load(r, acc);
 };

@@ -24,12 +24,13 @@ concept kv_head = requires(const H& head, index_t token) {
   { head.value(token) } -> kernel::row;
 };
 
-/// A KV head that stores the Euclidean norm of each value row (one float a token). With norms a
-/// ranking sees tokens whose value, not whose logit, is large; without, the functor computes them.
+/// A KV head that stores one float a token, ‖v − centre‖ (`value_centre()`, [dv], null = the origin). With
+/// it a ranking sees tokens whose value, not whose logit, is large; without, the functor reads all values.
 template <class H>
 concept kv_head_with_value_norms = kv_head<H> && requires(const H& head, index_t token) {
   { head.has_value_norms() } -> std::convertible_to<bool>;
   { head.value_norm(token) } -> std::convertible_to<float>;
+  { head.value_centre() } -> std::convertible_to<const float*>;
 };
 
 /// A cache: batch x KV heads. Sequences of a batch may differ in length (`head(b, h).size()`).
@@ -65,11 +66,12 @@ class kv_head_view {
   using key_row = std::span<const TK, DK == dynamic ? std::dynamic_extent : static_cast<std::size_t>(DK)>;
   using value_row = std::span<const TV, DV == dynamic ? std::dynamic_extent : static_cast<std::size_t>(DV)>;
 
-  kv_head_view(const std::byte* k, const std::byte* v, const float* value_norms, index_t k_token_stride,
-               index_t v_token_stride, index_t n, index_t dk, index_t dv) noexcept
+  kv_head_view(const std::byte* k, const std::byte* v, const float* value_norms, const float* value_centre,
+               index_t k_token_stride, index_t v_token_stride, index_t n, index_t dk, index_t dv) noexcept
       : k_(k),
         v_(v),
         norms_(value_norms),
+        centre_(value_centre),
         k_stride_(k_token_stride),
         v_stride_(v_token_stride),
         n_(n),
@@ -87,11 +89,13 @@ class kv_head_view {
   }
   [[nodiscard]] bool has_value_norms() const noexcept { return norms_ != nullptr; }
   [[nodiscard]] float value_norm(index_t token) const noexcept { return norms_[token]; }
+  [[nodiscard]] const float* value_centre() const noexcept { return centre_; }
 
  private:
   const std::byte* k_;
   const std::byte* v_;
   const float* norms_;
+  const float* centre_;
   index_t k_stride_, v_stride_, n_, dk_, dv_;
 };
 
@@ -113,18 +117,24 @@ class kv_view {
   [[nodiscard]] index_t dk() const noexcept { return DK == dynamic ? shape_.dk : DK; }
   [[nodiscard]] index_t dv() const noexcept { return DV == dynamic ? shape_.dv : DV; }
 
-  /// Norms of the value rows, float [n_batch, n_kv_heads, n_tokens], kept by the caller as it appends.
-  [[nodiscard]] kv_view with_value_norms(const float* norms) const noexcept {
+  /// ‖v − centre‖ of the value rows, float [n_batch, n_kv_heads, n_tokens], and the centres, float
+  /// [n_batch, n_kv_heads, dv] or null for the origin: kept by the caller as it appends. The centre is any
+  /// fixed vector near the values (the mean of the first few hundred): a good one saves rows, none costs
+  /// the promise.
+  [[nodiscard]] kv_view with_value_norms(const float* norms, const float* centres = nullptr) const noexcept {
     kv_view copy = *this;
     copy.norms_ = norms;
+    copy.centres_ = centres;
     return copy;
   }
 
   [[nodiscard]] kv_head_view<TK, TV, DK, DV> head(index_t batch, index_t h) const noexcept {
     const float* norms = norms_ ? norms_ + (batch * shape_.n_kv_heads + h) * shape_.n_tokens : nullptr;
+    const float* centre = centres_ ? centres_ + (batch * shape_.n_kv_heads + h) * shape_.dv : nullptr;
     return {reinterpret_cast<const std::byte*>(k_) + batch * k_strides_.batch + h * k_strides_.head,
             reinterpret_cast<const std::byte*>(v_) + batch * v_strides_.batch + h * v_strides_.head,
             norms,
+            centre,
             k_strides_.token,
             v_strides_.token,
             shape_.n_tokens,
@@ -189,6 +199,7 @@ class kv_view {
   const TK* k_ = nullptr;
   const TV* v_ = nullptr;
   const float* norms_ = nullptr;
+  const float* centres_ = nullptr;
   kv_strides k_strides_{}, v_strides_{};
   kv_shape shape_{};
 };

@@ -29,6 +29,7 @@ struct scratch {
   std::span<float> output;          // [dv]
   std::span<float> state, part;     // [dv]
   std::span<float> centre, offset;  // [dv]
+  std::span<float> value_centre;    // [dv]
   std::span<float> moments;         // residual_moments::storage_size(dv)
   std::span<ordinal> visible;       // [n], with a mask
   std::span<float> scores;          // [n]
@@ -54,6 +55,7 @@ struct scratch {
     if (!sparse.ranked) return s;
     s.centre = a.take<float>(width);
     s.offset = a.take<float>(width);
+    s.value_centre = a.take<float>(width);
     s.moments = a.take<float>(residual_moments::storage_size(dv));
     s.scores = a.take<float>(tokens);
     s.order = a.take<ordinal>(tokens);

@@ -15,24 +15,27 @@ namespace vattn {
 /// What a score says of the token, in the order of what it allows.
 enum class score_kind : std::uint8_t {
   ranking,       ///< an order only: nothing is known of the tokens below the k-th
-  logit,         ///< the score is the logit
-  contribution,  ///< the score is log(x·(‖v‖ + offset)), shifted as the logit is
+  logit,         ///< the score is the logit, or more
+  contribution,  ///< the score is log(x·sqrt(‖v − centre‖² + offset²)), shifted as the logit is, or more
 };
 
-/// Scores of one query's population. `ok` is false if a logit was not finite.
+/// Scores of one query's population. `ok` is false if a logit or a value was not finite.
 struct score_result {
   bool ok = true;
   score_kind kind = score_kind::ranking;
-  float value_offset = 0;  ///< of score_kind::contribution
+  // Of score_kind::contribution. No value is further from any point p than
+  // sqrt(‖v − centre‖² + offset²)·sqrt(1 + ‖p − centre‖²/offset²)   (Cauchy-Schwarz).
+  float value_offset = 0;
 };
 
-/// Supply `score(row, tokens, scores)`, which fills scores[j] for each place j of the population (higher =
-/// read first; a NaN ranks last), and `heavy_count(ranking, n, config)`, which says how many places
-/// to take exactly at first (it may rank them). Both const and noexcept: one selector serves all threads.
+/// Supply `score(row, tokens, scores, centre)`, which fills scores[j] for each place j of the population
+/// (higher = read first; a NaN ranks last) and, for contributions, centre [dv]; and `heavy_count(ranking, n, config)`,
+/// which says how many places to take exactly at first (it may rank them). Both const and noexcept: one selector serves
+/// all threads.
 template <class S, class Row>
 concept selector_for = requires(const S& s, const Row& row, const population& tokens, std::span<float> scores,
                                 ranking& r, index_t n, const config& c) {
-  { s.score(row, tokens, scores) }
+  { s.score(row, tokens, scores, scores) }
   noexcept->std::same_as<score_result>;
   { s.heavy_count(r, n, c) }
   noexcept->std::convertible_to<index_t>;
@@ -43,7 +46,8 @@ namespace select {
 /// Scores are the logits themselves: reads every visible key.
 struct exact_logits {
   template <kv_head Head>
-  score_result score(const query_row<Head>& row, const population& tokens, std::span<float> scores) const noexcept {
+  score_result score(const query_row<Head>& row, const population& tokens, std::span<float> scores,
+                     std::span<float> /*centre*/) const noexcept {
     bool finite = true;
     for (index_t j = 0; j < tokens.size(); ++j) {
       const float l = row.logit(tokens[j]);
@@ -54,49 +58,66 @@ struct exact_logits {
   }
 };
 
-/// Scores are log(x·(‖v‖ + offset)), offset the mean ‖v‖ of the visible tokens: what a token can add to
-/// the output, so that a huge value under a small logit is read exactly too. Reads every visible key,
-/// and every value where the cache keeps no norms.
+/// Scores are log(x·sqrt(‖v − c‖² + offset²)), c the cache's value centre (the mean value where it keeps
+/// none), offset half the mean ‖v − c‖: what a token can move the output, so that a huge value under a
+/// small logit is read exactly too. Reads every visible key, and every value twice where the cache keeps
+/// no value norms.
 struct exact_contributions {
   template <kv_head Head>
-  score_result score(const query_row<Head>& row, const population& tokens, std::span<float> scores) const noexcept {
-    // Norms first, in place of the scores; then logits on top of them.
-    double sum = 0;
-    for (index_t j = 0; j < tokens.size(); ++j) {
-      const float norm = value_norm(row.head, tokens[j]);
-      scores[static_cast<std::size_t>(j)] = norm;
-      sum += norm;
-    }
+  score_result score(const query_row<Head>& row, const population& tokens, std::span<float> scores,
+                     std::span<float> centre) const noexcept {
+    // Distances first, in place of the scores; then logits on top of them.
+    const double sum = distances(row.head, tokens, scores, centre);
     if (!std::isfinite(sum)) return {.ok = false};
-    if (!(sum > 0)) return exact_logits{}.score(row, tokens, scores);  // all values are zero
-    const auto offset = static_cast<float>(sum / static_cast<double>(tokens.size()));
+    if (!(sum > 0)) return exact_logits{}.score(row, tokens, scores, centre);  // all values are equal
+    const auto offset = static_cast<float>(sum / (2 * static_cast<double>(tokens.size())));
     bool finite = true;
     for (index_t j = 0; j < tokens.size(); ++j) {
       const float l = row.logit(tokens[j]);
       finite &= std::isfinite(l);
       float& s = scores[static_cast<std::size_t>(j)];
-      s = l + std::log(s + offset);
+      s = l + std::log(std::hypot(s, offset));
     }
     return {.ok = finite, .kind = score_kind::contribution, .value_offset = offset};
   }
 
  private:
   template <kv_head Head>
-  [[nodiscard]] static float value_norm(const Head& head, index_t token) noexcept {
+  [[nodiscard]] static double distances(const Head& head, const population& tokens, std::span<float> out,
+                                        std::span<float> centre) noexcept {
+    double sum = 0;
     if constexpr (kv_head_with_value_norms<Head>) {
-      if (head.has_value_norms()) return head.value_norm(token);
+      if (head.has_value_norms()) {
+        const float* stored = head.value_centre();
+        for (std::size_t j = 0; j < centre.size(); ++j) centre[j] = stored ? stored[j] : 0.0f;
+        for (index_t j = 0; j < tokens.size(); ++j) {
+          const float norm = head.value_norm(tokens[j]);
+          out[static_cast<std::size_t>(j)] = norm;
+          sum += norm;
+        }
+        return sum;
+      }
     }
-    using kernel::squared_norm;
-    return std::sqrt(squared_norm(head.value(token)));
+    using kernel::axpy, kernel::squared_distance;
+    const float share = 1 / static_cast<float>(tokens.size());
+    std::fill(centre.begin(), centre.end(), 0.0f);
+    for (index_t j = 0; j < tokens.size(); ++j) axpy(share, head.value(tokens[j]), centre.data());
+    for (index_t j = 0; j < tokens.size(); ++j) {
+      const float norm = std::sqrt(squared_distance(head.value(tokens[j]), centre.data()));
+      out[static_cast<std::size_t>(j)] = norm;
+      sum += norm;
+    }
+    return sum;
   }
 };
 
-/// The config's share of the visible tokens, highest scores first. `Score` as `exact_logits`.
+/// The config's share of the visible tokens, highest scores first; automatic: n/256 of them at first, at
+/// least 64, at most 256. `Score` as `exact_logits`.
 template <class Score = exact_contributions>
 struct top_k : Score {
   index_t heavy_count(const ranking& r, index_t n, const config& c) const noexcept {
-    const double share = c.heavy == config::automatic ? 0.02 : c.heavy;
-    return std::min(r.size(), static_cast<index_t>(std::ceil(share * static_cast<double>(n))));
+    if (c.heavy == config::automatic) return std::min(r.size(), std::clamp<index_t>(n / 256, 64, 256));
+    return std::min(r.size(), static_cast<index_t>(std::ceil(c.heavy * static_cast<double>(n))));
   }
 };
 
@@ -115,7 +136,7 @@ struct top_p : Score {
 /// No heavy set: sinks and window alone are exact (StreamingLLM, arXiv 2309.17453, with a sampled rest).
 struct none {
   template <class Row>
-  score_result score(const Row&, const population&, std::span<float>) const noexcept {
+  score_result score(const Row&, const population&, std::span<float>, std::span<float>) const noexcept {
     return {};
   }
   index_t heavy_count(const ranking&, index_t, const config&) const noexcept { return 0; }
