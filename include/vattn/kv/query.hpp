@@ -28,7 +28,11 @@ struct query_row {
   /// Reads one key. Non-finite only if q, K or the mask is.
   [[nodiscard]] float logit(index_t token) const noexcept {
     using kernel::dot;
-    float s = dot(scaled_query, head.key(token));
+    return transform(dot(scaled_query, head.key(token)), token);
+  }
+
+  /// Cap, mask and position bias of a scaled product; increasing in `s`, so it maps bounds to bounds.
+  [[nodiscard]] float transform(float s, index_t token) const noexcept {
     if (softcap > 0) s = softcap * std::tanh(s / softcap);
     if (mask) s += mask(token);
     if (alibi_slope != 0) s += alibi_slope * static_cast<float>(token - position);

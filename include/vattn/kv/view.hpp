@@ -33,6 +33,13 @@ concept kv_head_with_value_norms = kv_head<H> && requires(const H& head, index_t
   { head.value_centre() } -> std::convertible_to<const float*>;
 };
 
+/// A KV head that stores ‖k‖ of each key: |scale·q·k| <= scale·‖q‖‖k‖ is a hard bound that reads no key.
+template <class H>
+concept kv_head_with_key_norms = kv_head<H> && requires(const H& head, index_t token) {
+  { head.has_key_norms() } -> std::convertible_to<bool>;
+  { head.key_norm(token) } -> std::convertible_to<float>;
+};
+
 /// A cache: batch x KV heads. Sequences of a batch may differ in length (`head(b, h).size()`).
 template <class C>
 concept kv_cache = requires(const C& cache, index_t batch, index_t h) {
@@ -59,6 +66,13 @@ struct kv_shape {
   index_t dv = 0;  ///< elements of a value (differs from dk for MLA)
 };
 
+/// Optional numbers about the rows of a cache, kept by whoever appends them. Null = not kept.
+struct row_norms {
+  const float* keys = nullptr;           ///< ‖k‖, [n_batch, n_kv_heads, n_tokens]
+  const float* values = nullptr;         ///< ‖v − centre‖, [n_batch, n_kv_heads, n_tokens]
+  const float* value_centres = nullptr;  ///< [n_batch, n_kv_heads, dv]; null = the origin
+};
+
 /// One head of a `kv_view`. DK and DV are compile-time head sizes, or `dynamic`.
 template <kernel::element TK, kernel::element TV, index_t DK, index_t DV>
 class kv_head_view {
@@ -66,17 +80,9 @@ class kv_head_view {
   using key_row = std::span<const TK, DK == dynamic ? std::dynamic_extent : static_cast<std::size_t>(DK)>;
   using value_row = std::span<const TV, DV == dynamic ? std::dynamic_extent : static_cast<std::size_t>(DV)>;
 
-  kv_head_view(const std::byte* k, const std::byte* v, const float* value_norms, const float* value_centre,
-               index_t k_token_stride, index_t v_token_stride, index_t n, index_t dk, index_t dv) noexcept
-      : k_(k),
-        v_(v),
-        norms_(value_norms),
-        centre_(value_centre),
-        k_stride_(k_token_stride),
-        v_stride_(v_token_stride),
-        n_(n),
-        dk_(dk),
-        dv_(dv) {}
+  kv_head_view(const std::byte* k, const std::byte* v, const row_norms& norms, index_t k_token_stride,
+               index_t v_token_stride, index_t n, index_t dk, index_t dv) noexcept
+      : k_(k), v_(v), norms_(norms), k_stride_(k_token_stride), v_stride_(v_token_stride), n_(n), dk_(dk), dv_(dv) {}
 
   [[nodiscard]] index_t size() const noexcept { return n_; }
   [[nodiscard]] index_t dk() const noexcept { return DK == dynamic ? dk_ : DK; }
@@ -87,15 +93,16 @@ class kv_head_view {
   [[nodiscard]] value_row value(index_t token) const noexcept {
     return value_row(reinterpret_cast<const TV*>(v_ + token * v_stride_), static_cast<std::size_t>(dv()));
   }
-  [[nodiscard]] bool has_value_norms() const noexcept { return norms_ != nullptr; }
-  [[nodiscard]] float value_norm(index_t token) const noexcept { return norms_[token]; }
-  [[nodiscard]] const float* value_centre() const noexcept { return centre_; }
+  [[nodiscard]] bool has_key_norms() const noexcept { return norms_.keys != nullptr; }
+  [[nodiscard]] float key_norm(index_t token) const noexcept { return norms_.keys[token]; }
+  [[nodiscard]] bool has_value_norms() const noexcept { return norms_.values != nullptr; }
+  [[nodiscard]] float value_norm(index_t token) const noexcept { return norms_.values[token]; }
+  [[nodiscard]] const float* value_centre() const noexcept { return norms_.value_centres; }
 
  private:
   const std::byte* k_;
   const std::byte* v_;
-  const float* norms_;
-  const float* centre_;
+  row_norms norms_;
   index_t k_stride_, v_stride_, n_, dk_, dv_;
 };
 
@@ -117,24 +124,22 @@ class kv_view {
   [[nodiscard]] index_t dk() const noexcept { return DK == dynamic ? shape_.dk : DK; }
   [[nodiscard]] index_t dv() const noexcept { return DV == dynamic ? shape_.dv : DV; }
 
-  /// ‖v − centre‖ of the value rows, float [n_batch, n_kv_heads, n_tokens], and the centres, float
-  /// [n_batch, n_kv_heads, dv] or null for the origin: kept by the caller as it appends. The centre is any
-  /// fixed vector near the values (the mean of the first few hundred): a good one saves rows, none costs
-  /// the promise.
-  [[nodiscard]] kv_view with_value_norms(const float* norms, const float* centres = nullptr) const noexcept {
+  /// The same cache with numbers about its rows, so that selectors need not read the rows for them. A value
+  /// centre is any fixed vector near the values (the mean of the first few hundred): a good one saves rows,
+  /// none costs the promise.
+  [[nodiscard]] kv_view with_norms(const row_norms& norms) const noexcept {
     kv_view copy = *this;
     copy.norms_ = norms;
-    copy.centres_ = centres;
     return copy;
   }
 
   [[nodiscard]] kv_head_view<TK, TV, DK, DV> head(index_t batch, index_t h) const noexcept {
-    const float* norms = norms_ ? norms_ + (batch * shape_.n_kv_heads + h) * shape_.n_tokens : nullptr;
-    const float* centre = centres_ ? centres_ + (batch * shape_.n_kv_heads + h) * shape_.dv : nullptr;
+    const index_t which = batch * shape_.n_kv_heads + h;
+    const auto at = [which](const float* first, index_t width) { return first ? first + which * width : nullptr; };
     return {reinterpret_cast<const std::byte*>(k_) + batch * k_strides_.batch + h * k_strides_.head,
             reinterpret_cast<const std::byte*>(v_) + batch * v_strides_.batch + h * v_strides_.head,
-            norms,
-            centre,
+            row_norms{at(norms_.keys, shape_.n_tokens), at(norms_.values, shape_.n_tokens),
+                      at(norms_.value_centres, shape_.dv)},
             k_strides_.token,
             v_strides_.token,
             shape_.n_tokens,
@@ -198,8 +203,7 @@ class kv_view {
 
   const TK* k_ = nullptr;
   const TV* v_ = nullptr;
-  const float* norms_ = nullptr;
-  const float* centres_ = nullptr;
+  row_norms norms_{};
   kv_strides k_strides_{}, v_strides_{};
   kv_shape shape_{};
 };

@@ -58,58 +58,87 @@ struct exact_logits {
   }
 };
 
-/// Scores are log(x·sqrt(‖v − c‖² + offset²)), c the cache's value centre (the mean value where it keeps
-/// none), offset half the mean ‖v − c‖: what a token can move the output, so that a huge value under a
-/// small logit is read exactly too. Reads every visible key, and every value twice where the cache keeps
-/// no value norms.
-struct exact_contributions {
+/// What a token can move the output: scores log(x·sqrt(‖v − c‖² + offset²)), c the cache's value centre (the
+/// mean value where it keeps none), offset half the mean ‖v − c‖. A huge value under a small logit is then
+/// read exactly too. `Logit` fills logits, or upper bounds of them. Where the cache keeps no value norms,
+/// every value is read twice.
+template <class Logit>
+struct contributions : Logit {
   template <kv_head Head>
   score_result score(const query_row<Head>& row, const population& tokens, std::span<float> scores,
                      std::span<float> centre) const noexcept {
-    // Distances first, in place of the scores; then logits on top of them.
-    const double sum = distances(row.head, tokens, scores, centre);
+    score_result r = Logit::score(row, tokens, scores, centre);
+    if (!r.ok) return r;
+    double sum = 0;
+    const auto distance = distances(row.head, tokens, centre);
+    for (index_t j = 0; j < tokens.size(); ++j) sum += distance(tokens[j]);
     if (!std::isfinite(sum)) return {.ok = false};
-    if (!(sum > 0)) return exact_logits{}.score(row, tokens, scores, centre);  // all values are equal
-    const auto offset = static_cast<float>(sum / (2 * static_cast<double>(tokens.size())));
+    if (!(sum > 0)) return r;  // all values are equal
+    r.kind = score_kind::contribution;
+    r.value_offset = static_cast<float>(sum / (2 * static_cast<double>(tokens.size())));
+    for (index_t j = 0; j < tokens.size(); ++j) {
+      scores[static_cast<std::size_t>(j)] += std::log(std::hypot(distance(tokens[j]), r.value_offset));
+    }
+    return r;
+  }
+
+ private:
+  // ‖v − centre‖ of a token; fills the centre.
+  template <kv_head Head>
+  [[nodiscard]] static auto distances(const Head& head, const population& tokens, std::span<float> centre) noexcept {
+    const float* stored = nullptr;
+    bool kept = false;
+    if constexpr (kv_head_with_value_norms<Head>) {
+      kept = head.has_value_norms();
+      stored = head.value_centre();
+    }
+    for (std::size_t j = 0; j < centre.size(); ++j) centre[j] = kept && stored ? stored[j] : 0.0f;
+    if (!kept) {
+      using kernel::axpy;
+      const float share = 1 / static_cast<float>(std::max<index_t>(1, tokens.size()));
+      for (index_t j = 0; j < tokens.size(); ++j) axpy(share, head.value(tokens[j]), centre.data());
+    }
+    return [&head, kept, c = centre.data()](index_t token) noexcept -> float {
+      if constexpr (kv_head_with_value_norms<Head>) {
+        if (kept) return head.value_norm(token);
+      }
+      using kernel::squared_distance;
+      return std::sqrt(squared_distance(head.value(token), c));
+    };
+  }
+};
+
+/// Scores are what scale·‖q‖‖k‖ allows the logits to be: poor for ranking, but a hard bound that reads no
+/// key where the cache keeps key norms (else every key).
+struct norm_bounds {
+  template <kv_head Head>
+  score_result score(const query_row<Head>& row, const population& tokens, std::span<float> scores,
+                     std::span<float> /*centre*/) const noexcept {
+    const auto dk = static_cast<Eigen::Index>(row.head.dk());
+    const float q = kernel::const_float_map(row.scaled_query, dk).norm();
     bool finite = true;
     for (index_t j = 0; j < tokens.size(); ++j) {
-      const float l = row.logit(tokens[j]);
-      finite &= std::isfinite(l);
-      float& s = scores[static_cast<std::size_t>(j)];
-      s = l + std::log(std::hypot(s, offset));
+      // 1e-6 dk covers the rounding of the norms and of the product that they bound.
+      const float most =
+          row.transform(q * key_norm(row.head, tokens[j]) * (1 + 1e-6f * static_cast<float>(dk)), tokens[j]);
+      finite &= std::isfinite(most);
+      scores[static_cast<std::size_t>(j)] = most;
     }
-    return {.ok = finite, .kind = score_kind::contribution, .value_offset = offset};
+    return {.ok = finite, .kind = score_kind::logit};
   }
 
  private:
   template <kv_head Head>
-  [[nodiscard]] static double distances(const Head& head, const population& tokens, std::span<float> out,
-                                        std::span<float> centre) noexcept {
-    double sum = 0;
-    if constexpr (kv_head_with_value_norms<Head>) {
-      if (head.has_value_norms()) {
-        const float* stored = head.value_centre();
-        for (std::size_t j = 0; j < centre.size(); ++j) centre[j] = stored ? stored[j] : 0.0f;
-        for (index_t j = 0; j < tokens.size(); ++j) {
-          const float norm = head.value_norm(tokens[j]);
-          out[static_cast<std::size_t>(j)] = norm;
-          sum += norm;
-        }
-        return sum;
-      }
+  [[nodiscard]] static float key_norm(const Head& head, index_t token) noexcept {
+    if constexpr (kv_head_with_key_norms<Head>) {
+      if (head.has_key_norms()) return head.key_norm(token);
     }
-    using kernel::axpy, kernel::squared_distance;
-    const float share = 1 / static_cast<float>(tokens.size());
-    std::fill(centre.begin(), centre.end(), 0.0f);
-    for (index_t j = 0; j < tokens.size(); ++j) axpy(share, head.value(tokens[j]), centre.data());
-    for (index_t j = 0; j < tokens.size(); ++j) {
-      const float norm = std::sqrt(squared_distance(head.value(tokens[j]), centre.data()));
-      out[static_cast<std::size_t>(j)] = norm;
-      sum += norm;
-    }
-    return sum;
+    using kernel::squared_norm;
+    return std::sqrt(squared_norm(head.key(token)));
   }
 };
+
+using exact_contributions = contributions<exact_logits>;
 
 /// The config's share of the visible tokens, highest scores first; automatic: n/256 of them at first, at
 /// least 64, at most 256. `Score` as `exact_logits`.
