@@ -145,12 +145,12 @@ struct pilot_then_budget {
   template <bound B>
   [[nodiscard]] static verdict conclude(const look& l, double achieved, double rows) noexcept {
     verdict v;
-    if (B::kind == guarantee::finite_sample) v.next = {l.order.count(), scheduled(l).next.sampled};
     v.epsilon_achieved = achieved;
     v.budget = static_cast<index_t>(std::ceil(rows));
     v.met = achieved <= l.settings.epsilon;
-    if (B::kind != guarantee::finite_sample)
-      v.next = {l.order.count(), std::max(v.budget, static_cast<index_t>(l.rows.size()) + 1)};
+    v.next = {l.order.count(), B::kind == guarantee::finite_sample
+                                   ? scheduled(l).next.sampled
+                                   : std::max(v.budget, static_cast<index_t>(l.rows.size()) + 1)};
     return v;
   }
 };
@@ -176,7 +176,7 @@ struct numerator : pilot_then_budget {
   [[nodiscard]] static verdict judge(const look& l) noexcept {
     const sum_evidence n = numerator_evidence(l);
     const double norm = std::sqrt(l.now.output2) * l.now.denominator;
-    return conclude(
+    return conclude<B>(
         l, norm > 0 ? B::radius(n, n.sampled, level<B>(l.settings)) / norm : std::numeric_limits<double>::infinity(),
         sample_size<B>(n, l.settings.epsilon * norm, level<B>(l.settings)));
   }

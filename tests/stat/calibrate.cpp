@@ -1,0 +1,289 @@
+// The long statistical suite: every cell of regimes x values x n x (ε, δ), judged by an exact binomial test.
+#include <CLI/CLI.hpp>
+#include <array>
+#include <fstream>
+#include <functional>
+#include <iostream>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <numeric>
+
+#include "stat/binomial.hpp"
+#include "stat/experiment.hpp"
+#include "support/npy.hpp"
+#include "support/progress.hpp"
+
+namespace {
+
+using namespace vattn;
+using namespace vattn::stat;
+
+struct options {
+  std::vector<std::string> regimes{"standard", "hostile"}, values{"mean", "zero"}, scales{"output"};
+  std::vector<index_t> lengths{8192};
+  std::vector<double> epsilons{0.02, 0.05, 0.1, 0.2}, deltas{0.05, 0.1, 0.2};
+  index_t dim = 128;
+  long draws = 200;
+  std::uint64_t seed = 1;
+  int threads = 1;
+  std::string type = "float", target = "output", bound = "clt", csv, real;
+  index_t sinks = 128, window = 128;
+};
+
+/// One row of the report; a group is what must keep the promise together (a head, a regime).
+struct cell {
+  std::string regime, values;
+  index_t n = 0;
+  error_scale scale = error_scale::output;
+  double epsilon = 0, delta = 0, coherence = 0;
+  summary s;
+};
+
+/// Problems are made when their turn comes: at n = 131072 one is 130 MB.
+struct source {
+  std::string regime, values;
+  std::function<synthetic::cache()> make;
+};
+
+std::vector<source> synthetic_sources(const options& o) {
+  std::vector<std::string> regimes;
+  for (const std::string& r : o.regimes) {
+    if (r == "standard" || r == "hostile") {
+      const auto& list = r == "standard" ? synthetic::standard_regimes() : synthetic::hostile_regimes();
+      regimes.insert(regimes.end(), list.begin(), list.end());
+    } else {
+      regimes.push_back(r);
+    }
+  }
+  std::vector<source> sources;
+  for (const index_t n : o.lengths) {
+    for (const std::string& regime : regimes) {
+      for (const std::string& values :
+           o.values == std::vector<std::string>{"all"} ? synthetic::value_kinds() : o.values) {
+        sources.push_back({regime, values, [=, dim = o.dim, seed = o.seed] {
+                             return synthetic::make_cache(regime, values, n, dim, seed);
+                           }});
+      }
+    }
+  }
+  return sources;
+}
+
+// layer{L}_{q,k,v}.npy in each folder of `--real`: every query token and head is a problem of its own.
+std::vector<source> real_sources(const std::string& prefix) {
+  struct tensors {
+    npy::array q, k, v;
+  };
+  auto t = std::make_shared<tensors>();
+  t->q = npy::read(prefix + "_q.npy");
+  t->k = npy::read(prefix + "_k.npy");
+  t->v = npy::read(prefix + "_v.npy");
+  if (t->q.shape.size() != 3 || t->k.shape.size() != 3 || t->v.shape != t->k.shape ||
+      t->q.type != npy::dtype::float32 || t->k.type != npy::dtype::float16) {
+    throw std::runtime_error(prefix + ": expected q float32 [T, Hq, D], k and v float16 [n, Hkv, D]");
+  }
+  std::vector<source> sources;
+  const index_t queries = t->q.shape[0], heads = t->q.shape[1], dim = t->q.shape[2], n = t->k.shape[0],
+                kv_heads = t->k.shape[1];
+  for (index_t h = 0; h < heads; ++h) {
+    for (index_t i = 0; i < queries; ++i) {
+      sources.push_back(
+          {prefix.substr(prefix.find_last_of('/', prefix.find_last_of('/') - 1) + 1) + "/head" + std::to_string(h),
+           "query" + std::to_string(i), [=] {
+             synthetic::cache c;
+             c.n = n - queries + i + 1;
+             c.dim = dim;
+             const auto q = t->q.as<float>().subspan(static_cast<std::size_t>((i * heads + h) * dim),
+                                                     static_cast<std::size_t>(dim));
+             c.q.assign(q.begin(), q.end());
+             const auto k = t->k.as<std::uint16_t>(), v = t->v.as<std::uint16_t>();
+             for (index_t token = 0; token < c.n; ++token) {
+               const auto at = static_cast<std::size_t>((token * kv_heads + h / (heads / kv_heads)) * dim);
+               for (std::size_t j = 0; j < static_cast<std::size_t>(dim); ++j) {
+                 c.k.push_back(kernel::half_to_float(k[at + j]));
+                 c.v.push_back(kernel::half_to_float(v[at + j]));
+               }
+             }
+             return c;
+           }});
+    }
+  }
+  return sources;
+}
+
+template <class Target, class Bound>
+struct policy : remembering<default_policy> {
+  using target = Target;
+  using bound = Bound;
+};
+
+template <kernel::element T, class Target>
+summary run_target(const problem<T>& p, const options& o, const config& c, std::uint64_t seed) {
+  if (o.bound == "student") return run_cell<policy<Target, budget::student>>(p, c, o.draws, seed);
+  if (o.bound == "bernstein") return run_cell<policy<Target, budget::bernstein>>(p, c, o.draws, seed);
+  if (o.bound == "hoeffding") return run_cell<policy<Target, budget::hoeffding>>(p, c, o.draws, seed);
+  return run_cell<policy<Target, budget::clt>>(p, c, o.draws, seed);
+}
+
+template <kernel::element T>
+summary run(const problem<T>& p, const options& o, const config& c, std::uint64_t seed) {
+  if (o.target == "denominator") return run_target<T, budget::denominator>(p, o, c, seed);
+  if (o.target == "numerator") return run_target<T, budget::numerator>(p, o, c, seed);
+  if (o.target == "sdpa") return run_target<T, budget::sdpa>(p, o, c, seed);
+  return run_target<T, budget::output>(p, o, c, seed);
+}
+
+template <kernel::element T>
+std::vector<cell> run_source(const source& from, const options& o, std::uint64_t seed) {
+  const problem<T> p(from.make());
+  std::vector<cell> cells;
+  for (const std::string& scale : o.scales) {
+    for (const double epsilon : o.epsilons) {
+      for (const double delta : o.deltas) {
+        config c;
+        c.epsilon = epsilon;
+        c.delta = delta;
+        c.sinks = o.sinks;
+        c.window = o.window;
+        c.scale = scale == "rms" ? error_scale::rms : error_scale::output;
+        if (o.target != "output") c.heavy = c.base = 0.02;
+        if (const status s = c.validate(); !s) throw std::runtime_error(s.message());
+        // Cells are independent: no two share a seed.
+        const std::uint64_t first = (seed * 1000 + cells.size()) * 1000000;
+        cells.push_back({from.regime, from.values, p.n(), c.scale, epsilon, delta, p.coherence(), run(p, o, c, first)});
+      }
+    }
+  }
+  return cells;
+}
+
+void write_rows(std::ostream& out, const options& o, const std::vector<cell>& cells) {
+  for (const cell& c : cells) {
+    const summary& s = c.s;
+    out << c.regime << ',' << c.values << ',' << c.n << ',' << o.dim << ',' << o.type << ',' << o.target << ','
+        << o.bound << ',' << to_string(c.scale) << ',' << c.epsilon << ',' << c.delta << ',' << s.draws << ','
+        << s.failures << ',' << s.failure_share() << ',' << binomial_upper_tail(s.failures, s.draws, c.delta) << ','
+        << s.uncovered << ',' << s.density << ',' << s.rounds << ','
+        << static_cast<double>(s.exact) / static_cast<double>(s.draws) << ',' << s.quantile(0.5) << ','
+        << s.quantile(0.9) << ',' << s.quantile(1 - c.delta) << ',' << s.achieved_mean << ',' << c.coherence << '\n';
+  }
+  out.flush();
+}
+
+int judge(const std::vector<cell>& cells) {
+  constexpr double false_alarm = 1e-3;
+  long bad = 0;
+  double density = 0;
+  std::map<std::pair<double, double>, std::pair<double, long>> by_promise;
+  std::map<std::string, std::array<double, 3>> by_group;  // failures, expected at most, draws of a regime or head
+  for (const cell& c : cells) {
+    if (binomial_upper_tail(c.s.failures, c.s.draws, c.delta) < false_alarm / static_cast<double>(cells.size())) {
+      ++bad;
+      std::cout << "FAILED " << c.regime << '/' << c.values << " n " << c.n << " epsilon " << c.epsilon << " delta "
+                << c.delta << ": " << c.s.failures << " of " << c.s.draws << " draws\n";
+    }
+    density += c.s.density;
+    auto& [sum, count] = by_promise[{c.epsilon, c.delta}];
+    sum += c.s.density;
+    ++count;
+    auto& group = by_group[c.regime];
+    group[0] += static_cast<double>(c.s.failures);
+    group[1] += c.delta * static_cast<double>(c.s.draws);
+    group[2] += static_cast<double>(c.s.draws);
+  }
+  double worst = 0, worst_share = 0;
+  std::string worst_cell;
+  for (const cell& c : cells) {
+    if (c.s.failure_share() / c.delta > worst) {
+      worst = c.s.failure_share() / c.delta;
+      worst_share = c.s.failure_share();
+      worst_cell = c.regime + '/' + c.values + " n " + std::to_string(c.n) + " epsilon " + std::to_string(c.epsilon) +
+                   " delta " + std::to_string(c.delta);
+    }
+  }
+  std::cout << "regime or head: failures / (delta x draws), the sum over its cells\n";
+  for (const auto& [name, g] : by_group) {
+    std::cout << "  " << name << ": " << g[0] << " / " << g[1] << " of " << g[2] << '\n';
+    if (g[0] > g[1] * (1 + 4 / std::sqrt(std::max(1.0, g[1])))) ++bad;
+  }
+  for (const auto& [promise, d] : by_promise) {
+    std::cout << "epsilon " << promise.first << " delta " << promise.second << ": mean density "
+              << d.first / static_cast<double>(d.second) << '\n';
+  }
+  std::cout << cells.size() << " cells, worst share " << worst_share << " (" << worst_cell << "), "
+            << (bad ? "PROMISE BROKEN in " + std::to_string(bad) : std::string("promise kept in all")) << '\n';
+  return bad ? 1 : 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  options o;
+  CLI::App app("Failure shares of the promise over many draws, against delta");
+  app.add_option("--regimes", o.regimes, "regime names, 'standard', 'hostile'")->delimiter(',')->capture_default_str();
+  app.add_option("--values", o.values, "kinds of values, or 'all'")->delimiter(',')->capture_default_str();
+  app.add_option("--n", o.lengths, "tokens")->delimiter(',')->check(CLI::PositiveNumber)->capture_default_str();
+  app.add_option("--epsilons", o.epsilons)->delimiter(',')->capture_default_str();
+  app.add_option("--deltas", o.deltas)->delimiter(',')->capture_default_str();
+  app.add_option("--scales", o.scales, "error scales")
+      ->delimiter(',')
+      ->check(CLI::IsMember({"output", "rms"}))
+      ->capture_default_str();
+  app.add_option("--dim", o.dim)->check(CLI::PositiveNumber)->capture_default_str();
+  app.add_option("--draws", o.draws, "draws of a cell")->check(CLI::Range(1, 1000000))->capture_default_str();
+  app.add_option("--type", o.type)->check(CLI::IsMember({"float", "half", "bfloat16"}))->capture_default_str();
+  app.add_option("--target", o.target)
+      ->check(CLI::IsMember({"denominator", "numerator", "sdpa", "output"}))
+      ->capture_default_str();
+  app.add_option("--bound", o.bound)
+      ->check(CLI::IsMember({"clt", "student", "bernstein", "hoeffding"}))
+      ->capture_default_str();
+  app.add_option("--sinks", o.sinks)->capture_default_str();
+  app.add_option("--window", o.window)->capture_default_str();
+  app.add_option("--seed", o.seed, "of the synthetic caches and the draws")->capture_default_str();
+  app.add_option("--threads", o.threads)->check(CLI::PositiveNumber)->capture_default_str();
+  app.add_option("--real", o.real, "prefix of real tensors: PREFIX_q.npy, PREFIX_k.npy, PREFIX_v.npy (causal)");
+  app.add_option("--csv", o.csv, "a row for each cell, written as it goes");
+  CLI11_PARSE(app, argc, argv);
+
+  try {
+    const std::vector<source> sources = o.real.empty() ? synthetic_sources(o) : real_sources(o.real);
+    std::ofstream csv;
+    if (!o.csv.empty()) {
+      csv.open(o.csv);
+      if (!csv) throw std::runtime_error("cannot write " + o.csv);
+      csv << "regime,values,n,dim,type,target,bound,scale,epsilon,delta,draws,failures,failure_share,p_value,uncovered,"
+             "density,"
+             "rounds,exact_share,error_p50,error_p90,error_quantile,achieved_mean,coherence\n";
+    }
+    std::mutex mutex;
+    std::vector<cell> all;
+    std::string failure;
+    {
+      support::progress progress("calibrate: caches", static_cast<std::int64_t>(sources.size()));
+      thread_executor threads(o.threads);
+      threads.for_each(static_cast<index_t>(sources.size()), [&](index_t i, index_t) {
+        try {
+          const source& from = sources[static_cast<std::size_t>(i)];
+          const std::uint64_t seed = o.seed * 100000 + static_cast<std::uint64_t>(i);
+          const std::vector<cell> cells = o.type == "half"       ? run_source<Eigen::half>(from, o, seed)
+                                          : o.type == "bfloat16" ? run_source<Eigen::bfloat16>(from, o, seed)
+                                                                 : run_source<float>(from, o, seed);
+          const std::lock_guard lock(mutex);
+          if (csv.is_open()) write_rows(csv, o, cells);
+          all.insert(all.end(), cells.begin(), cells.end());
+        } catch (const std::exception& e) {
+          const std::lock_guard lock(mutex);
+          failure = e.what();
+        }
+        progress.step();
+      });
+    }
+    if (!failure.empty()) throw std::runtime_error(failure);
+    return judge(all);
+  } catch (const std::exception& e) {
+    std::cerr << "calibrate: " << e.what() << '\n';
+    return 2;
+  }
+}
