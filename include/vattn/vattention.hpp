@@ -1,6 +1,8 @@
 // vattention<Policy>: verified sparse attention, the whole pipeline.
 #pragma once
 
+#include <utility>
+
 #include "vattn/exact_attention.hpp"
 #include "vattn/policy.hpp"
 
@@ -76,9 +78,10 @@ class vattention {
     softmax_state part(s.part);
     bool finite = accumulate_exact(
         row, fixed, [&](index_t j) { return tokens[j < settings_.sinks ? j : n - fixed + j]; }, state, part, true);
+    index_t heavy_read = 0;  // not order.count(): heavy_count() may have ranked places, and ranked is not read
     const auto read_heavy = [&] {
-      const index_t have = order.count();
       order.extend(want.heavy);
+      const index_t have = std::exchange(heavy_read, order.count());
       return accumulate_exact(
           row, order.count() - have, [&](index_t j) { return tokens[order.top()[static_cast<std::size_t>(have + j)]]; },
           state, part, true);

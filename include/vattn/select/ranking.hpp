@@ -70,11 +70,10 @@ class ranking {
   /// Does `a` rank before `b`?
   [[nodiscard]] bool before(ordinal a, ordinal b) const noexcept { return by_score{scores_.data()}(a, b); }
 
-  /// No unranked place scores above this (−inf when all are ranked, +inf when none is).
-  [[nodiscard]] float bound() const noexcept {
+  /// No unranked place scores above this (−inf when all are ranked).
+  [[nodiscard]] float bound() noexcept {
     if (count_ == size()) return -std::numeric_limits<float>::infinity();
-    if (count_ == 0) return std::numeric_limits<float>::infinity();
-    return score(order_[static_cast<std::size_t>(count_ - 1)]);
+    return score(at_rank(std::max<index_t>(count_, 1)));
   }
 
  private:

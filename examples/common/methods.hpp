@@ -1,0 +1,75 @@
+// Attention from a fixed number of rows: the methods that vattention is compared with. None promises anything.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "vattn/vattn.hpp"
+
+namespace vattn::examples {
+
+/// Which rows are read, whatever they turn out to hold.
+///   sinks + window: {.sinks = 128, .window = 128}      top-k: {.heavy = 0.02}      sampling: {.sampled = 0.02}
+struct row_budget {
+  index_t sinks = 0, window = 0;  ///< first and last visible tokens
+  double heavy = 0;               ///< share of the visible tokens, highest logits first
+  double sampled = 0;             ///< share of what is left, drawn uniformly; with 0 what is left is ignored
+};
+
+/// Attention from the rows of `budget` alone. Shapes, errors and memory as `vattention`; the certificates
+/// say what was read, `guarantee::none`, and `exact` where the budget comes to every row.
+template <class Q, kv_cache KV, executor E = serial_executor>
+status fixed_budget(const tensor_view<const Q, 4>& q, const KV& cache, const attention_options& options,
+                    const attention_result& result, workspace& memory, const row_budget& budget,
+                    const draw_key& key = {}, E&& exec = E{}) noexcept {
+  using sampler = sample::uniform_without_replacement;
+  if (status s = check_call(q, cache, options, result); !s) return s;
+  const index_t longest_n = longest(cache);
+  const auto share = [](double part, index_t of) {
+    return std::min(of, static_cast<index_t>(std::ceil(std::max(part, 0.0) * static_cast<double>(of))));
+  };
+  const scratch::sparse_sizes sizes{.drawn = static_cast<std::size_t>(share(budget.sampled, longest_n)),
+                                    .table = sampler::table_size(static_cast<ordinal>(longest_n)),
+                                    .ranked = true};
+  const auto attend = [&](const auto& row, const population& tokens, const random_stream& stream, scratch& s,
+                          softmax_state& state, certificate& c) {
+    const index_t n = tokens.size();
+    const index_t sinks = std::min(budget.sinks, n), window = std::min(budget.window, n - sinks);
+    ranking order(s.scores, sinks, n - window, s.order);
+    const index_t heavy = std::min(order.size(), share(budget.heavy, n));
+    const index_t sampled = share(budget.sampled, order.size() - heavy);
+    if (sinks + window + heavy + sampled >= n) return attend_exactly(row, tokens, s, state, c);
+
+    if (heavy > 0) {
+      for (index_t j = 0; j < n; ++j) {
+        const float logit = s.scores[static_cast<std::size_t>(j)] = row.logit(tokens[j]);
+        if (!std::isfinite(logit)) return false;
+      }
+      order.extend(heavy);
+    }
+    c.rows_exact = sinks + window + heavy;
+    c.rows_sampled = c.budget = sampled;
+    softmax_state part(s.part);
+    add_sink(state, row.sink_logit);
+    const auto chosen = [&](index_t j) {
+      if (j < sinks) return tokens[j];
+      if (j < sinks + window) return tokens[n - window + (j - sinks)];
+      return tokens[order.top()[static_cast<std::size_t>(j - sinks - window)]];
+    };
+    bool finite = accumulate_exact(row, c.rows_exact, chosen, state, part, sampled > 0);
+    if (!finite || sampled == 0) return finite;
+
+    state.finish(s.centre);
+    residual_moments moments(s.moments, row.dv());
+    moments.clear(s.centre, state.max_logit());
+    residual_sample drawn(row, tokens, sinks, window, order, sampler(static_cast<ordinal>(n), stream, s.table), s.drawn,
+                          moments);
+    finite = drawn.grow(sampled);
+    const estimate all = make_estimate(state, moments, drawn.population_size(), s.offset);
+    add_residual(state, all, moments);
+    return finite && all.finite;
+  };
+  return for_each_query(q, cache, options, result, memory, key, exec, sizes, attend);
+}
+
+}  // namespace vattn::examples

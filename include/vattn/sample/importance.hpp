@@ -1,0 +1,88 @@
+// Poisson sampling with probabilities that follow a cheap score and its stated error.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <span>
+
+#include "vattn/sample/philox.hpp"
+
+namespace vattn::sample {
+
+/// Shape of the inclusion probabilities; the defaults are those that the docs' figures were made with.
+struct importance_shape {
+  double pilot = 96;       ///< expected rows of the first look, besides the exact ones
+  double tempered = 0.5;   ///< share of the weights that follow e^{βs}, not e^{s}
+  double defensive = 0.1;  ///< weight, on top, that does not follow the score at all
+  double z = 2;            ///< standard errors by which the floor allows a score to be too low
+  double kappa = 0.5;      ///< share of ε that one missed token at its floor may cost
+};
+
+/// Token i is in the sample iff u_i < π_i with u_i a pure function of (key, stream, i): permanent, so that
+/// samples for growing π are nested. π_i = 1 inside the exact set, else min(1, max(c·w_i, λ·f_i)):
+///   w_i  weights that sum to 1 + defensive: ½ norm(e^s vn) + ½ norm(e^{βs} vn) + 0.1 norm(vn)
+///   f_i  e^{s + zσ} vn, what the token may weigh if its score is z errors too low; λ makes it a floor,
+///        without which a heavy token that the score hides and the sample misses leaves no trace
+/// Holds spans over the caller's memory, [n] each.
+class importance {
+ public:
+  importance() = default;
+  importance(std::span<float> weight, std::span<float> floor, std::span<float> number) noexcept
+      : weight_(weight), floor_(floor), number_(number) {}
+
+  /// `scores` and `errors` are the estimated logits and their error scales σ, `value` the weights vn.
+  /// Places before `first` and from `last` on are exact.
+  template <class Value>
+  void prepare(std::span<const float> scores, std::span<const float> errors, Value&& value, index_t first, index_t last,
+               double beta, const importance_shape& shape, random_stream stream) noexcept {
+    first_ = first;
+    last_ = last;
+    top_ = -std::numeric_limits<float>::infinity();
+    for (index_t i = first; i < last; ++i) top_ = std::max(top_, scores[at(i)]);
+    double plain = 0, tempered = 0, flat = 0;
+    const auto b = static_cast<float>(beta), z = static_cast<float>(shape.z);
+    for (index_t i = first; i < last; ++i) {
+      const float vn = value(i), s = scores[at(i)] - top_;
+      const float e = std::exp(s) * vn, t = std::exp(b * s) * vn;
+      weight_[at(i)] = e;
+      number_[at(i)] = t;
+      floor_[at(i)] = std::exp(s + z * errors[at(i)]) * vn;
+      plain += e;
+      tempered += t;
+      flat += vn;
+    }
+    const auto share = [](double part, double sum) { return sum > 0 ? static_cast<float>(part / sum) : 0.0f; };
+    const float a = share(1 - shape.tempered, plain), t = share(shape.tempered, tempered), d = share(shape.defensive, flat);
+    for (index_t i = first; i < last; ++i) weight_[at(i)] = a * weight_[at(i)] + t * number_[at(i)] + d * value(i);
+    for (index_t i = first; i < last; ++i) {
+      // Centre of one of 2^24 cells: never 0, so a token of probability 0 stays out and π = 1 is always in.
+      number_[at(i)] = (static_cast<float>(stream.next() >> 8) + 0.5f) * 0x1p-24f;
+    }
+  }
+
+  /// The scores' reference: floors and weights are relative to exp of it.
+  [[nodiscard]] float top() const noexcept { return top_; }
+
+  [[nodiscard]] double probability(index_t i, double c, double lambda) const noexcept {
+    if (i < first_ || i >= last_) return 1;
+    return std::min(1.0, std::max(c * weight_[at(i)], lambda * floor_[at(i)]));
+  }
+
+  /// Calls visit(i) for every place of the residual that (c, λ) takes in and (c_before, λ_before) did not.
+  template <class Visit>
+  void enter(double c, double lambda, double c_before, double lambda_before, Visit&& visit) const noexcept {
+    for (index_t i = first_; i < last_; ++i) {
+      const double u = number_[at(i)];
+      if (u < probability(i, c, lambda) && !(u < probability(i, c_before, lambda_before))) visit(i);
+    }
+  }
+
+ private:
+  [[nodiscard]] static std::size_t at(index_t i) noexcept { return static_cast<std::size_t>(i); }
+
+  std::span<float> weight_, floor_, number_;
+  index_t first_ = 0, last_ = 0;
+  float top_ = 0;
+};
+
+}  // namespace vattn::sample

@@ -1,0 +1,264 @@
+// Quantised keys: a few bits a coordinate from which a query's logits are estimated, with a known error.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "vattn/kernel/row.hpp"
+#include "vattn/sketch/rotation.hpp"
+
+namespace vattn::sketch {
+
+// Format. A key k of D coordinates becomes y = R(k − μ), R a fixed rotation to P = bit_ceil(D) coordinates
+// and μ the mean of its epoch; each y_j becomes a level c_j in {±1, ±3, …, ±(2^b − 1)}, stored as the b-bit
+// integer (c_j + 2^b − 1)/2; coordinate j sits in byte j·b/8, lower coordinates in lower bits. Beside the
+// code stand two floats:
+//   α = ‖y‖²/⟨c, y⟩   the scale that makes the estimate s = α⟨c, Rq⟩ + ⟨q, μ⟩ unbiased over rotations
+//   ρ = ‖y − αc‖      the norm of what the code leaves: |q·k − s| <= ‖q‖ρ always, and of a size
+//                     ‖q‖ρ/sqrt(P) typically
+// (RaBitQ, Gao and Long, SIGMOD 2024, at one bit; the extended form at more). Bytes a key: P·b/8 + 8.
+//
+// Epochs. μ of a token is the mean of all keys before its epoch, as their codes decode. Epochs start at
+// 0 (μ = 0), 64, 128, 256, 512, 1024 and every 1024 tokens after: a function of the position alone, so
+// appending one by one, in blocks, or again after a truncation gives the same codes, and a drift of the
+// mean is followed without touching old ones.
+
+/// Levels of an optimal uniform quantiser of a normal variable: half its step, in standard deviations
+/// (Max 1960; at 8 bits the range, not the step, is what is left to choose).
+template <int Bits>
+inline constexpr float normal_half_step = Bits == 1   ? 0.7979f
+                                          : Bits == 2 ? 0.4979f
+                                          : Bits == 4 ? 0.1676f
+                                                      : 0.0154f;
+
+/// The codes of one KV head of one layer. Owns its memory; `append` allocates as a vector does (amortised),
+/// scoring allocates nothing.
+template <int Bits>
+class key_codes {
+  static_assert(Bits == 1 || Bits == 2 || Bits == 4 || Bits == 8, "key_codes<Bits>: Bits must be 1, 2, 4 or 8");
+
+ public:
+  static constexpr int bits = Bits;
+
+  key_codes() = default;
+  explicit key_codes(index_t dim, std::uint64_t seed = 0)
+      : rotation_(dim, seed),
+        row_bytes_(rotation_.width() * Bits / 8),
+        buffer_(rotation_.width()),
+        sum_(rotation_.width()) {}
+
+  [[nodiscard]] index_t size() const noexcept { return static_cast<index_t>(scale_.size()); }
+  [[nodiscard]] index_t dim() const noexcept { return static_cast<index_t>(rotation_.dim()); }
+  [[nodiscard]] std::size_t width() const noexcept { return rotation_.width(); }
+  /// Codes, scales, residual norms and epoch means, a token.
+  [[nodiscard]] std::size_t bytes() const noexcept {
+    return codes_.size() + (scale_.size() + residual_.size() + means_.size()) * sizeof(float);
+  }
+
+  /// Adds the next token's key.
+  template <kernel::row R>
+  void append(const R& key) {
+    using kernel::load;
+    const index_t token = size();
+    if (starts_epoch(token)) {
+      means_.insert(means_.end(), sum_.begin(), sum_.end());
+      const float share = token > 0 ? 1 / static_cast<float>(token) : 0.0f;
+      for (std::size_t j = means_.size() - width(); j < means_.size(); ++j) means_[j] *= share;
+    }
+    load(key, buffer_.data());
+    rotation_.apply(buffer_);
+    const float* mean = means_.data() + means_.size() - width();
+    for (std::size_t j = 0; j < width(); ++j) buffer_[j] -= mean[j];
+    encode();
+    accumulate(token, 1.0f);
+  }
+
+  /// Adds the tokens of `head` that are not yet in: call it after the engine has written them.
+  template <class Head>
+  void append_from(const Head& head) {
+    codes_.reserve(static_cast<std::size_t>(head.size()) * row_bytes_);
+    for (index_t token = size(); token < head.size(); ++token) append(head.key(token));
+  }
+
+  /// Forgets the tokens from n on. O(tokens forgotten).
+  void truncate(index_t n) {
+    for (index_t token = size(); token-- > std::max<index_t>(n, 0);) {
+      accumulate(token, -1.0f);
+      codes_.resize(codes_.size() - row_bytes_);
+      scale_.pop_back();
+      residual_.pop_back();
+      if (starts_epoch(token)) means_.resize(means_.size() - width());
+    }
+  }
+  void clear() { truncate(0); }
+
+  /// Residual norm ρ of a token's code.
+  [[nodiscard]] float residual(index_t token) const noexcept { return residual_[static_cast<std::size_t>(token)]; }
+
+  /// What scoring needs of one query.
+  struct prepared {
+    std::vector<float> query;  // [width], rotated
+    std::vector<float> table;  // [row bytes][256] for Bits < 8
+    float norm = 0;            // ‖q‖
+  };
+
+  void prepare(const float* scaled_query, prepared& p) const {
+    p.query.resize(width());
+    std::copy_n(scaled_query, rotation_.dim(), p.query.begin());
+    rotation_.apply(p.query);
+    double norm2 = 0;
+    for (const float x : p.query) norm2 += static_cast<double>(x) * x;
+    p.norm = static_cast<float>(std::sqrt(norm2));
+    if constexpr (Bits < 8) {
+      constexpr std::size_t per_byte = 8 / Bits;
+      p.table.resize(row_bytes_ * 256);
+      for (std::size_t byte = 0; byte < row_bytes_; ++byte) {
+        for (std::size_t code = 0; code < 256; ++code) {
+          float sum = 0;
+          for (std::size_t i = 0; i < per_byte; ++i) {
+            const auto level = static_cast<float>(2 * static_cast<int>(code >> (i * Bits) & mask) - top);
+            sum += level * p.query[byte * per_byte + i];
+          }
+          p.table[byte * 256 + code] = sum;
+        }
+      }
+    }
+  }
+
+  /// s[i] = estimated product of the query with key first + i; no key is read.
+  void score(const prepared& p, index_t first, std::span<float> s) const noexcept {
+    index_t token = first;
+    for (std::size_t i = 0; i < s.size();) {
+      const index_t epoch_end = next_epoch(token);
+      const float base = dot_mean(p, token);
+      for (; i < s.size() && token < epoch_end; ++i, ++token) {
+        s[i] = scale_[static_cast<std::size_t>(token)] * product(p, token) + base;
+      }
+    }
+  }
+
+ private:
+  static constexpr int top = (1 << Bits) - 1;
+  static constexpr unsigned mask = static_cast<unsigned>(top);
+
+  [[nodiscard]] static bool starts_epoch(index_t token) noexcept {
+    return token % 1024 == 0 || (token >= 64 && token < 1024 && std::has_single_bit(static_cast<std::uint64_t>(token)));
+  }
+  [[nodiscard]] static index_t next_epoch(index_t token) noexcept {
+    if (token >= 1024) return (token / 1024 + 1) * 1024;
+    return std::max<index_t>(
+        64, static_cast<index_t>(std::bit_floor(static_cast<std::uint64_t>(std::max<index_t>(token, 1))) * 2));
+  }
+  [[nodiscard]] static std::size_t epoch(index_t token) noexcept {
+    if (token >= 1024) return static_cast<std::size_t>(4 + token / 1024);
+    return token < 64 ? 0 : static_cast<std::size_t>(std::bit_width(static_cast<std::uint64_t>(token)) - 6);
+  }
+
+  [[nodiscard]] float dot_mean(const prepared& p, index_t token) const noexcept {
+    const auto n = static_cast<Eigen::Index>(width());
+    return kernel::const_float_map(p.query.data(), n)
+        .dot(kernel::const_float_map(means_.data() + epoch(token) * width(), n));
+  }
+
+  [[nodiscard]] const std::uint8_t* code(index_t token) const noexcept {
+    return codes_.data() + static_cast<std::size_t>(token) * row_bytes_;
+  }
+  [[nodiscard]] static float level(const std::uint8_t* code, std::size_t j) noexcept {
+    const unsigned stored = code[j * Bits / 8] >> (j * Bits % 8) & mask;
+    return static_cast<float>(2 * static_cast<int>(stored) - top);
+  }
+
+  // ⟨c, Rq⟩
+  [[nodiscard]] float product(const prepared& p, index_t token) const noexcept {
+    const std::uint8_t* c = code(token);
+    if constexpr (Bits < 8) {
+      float a = 0, b = 0;
+      for (std::size_t byte = 0; byte < row_bytes_; byte += 2) {
+        a += p.table[byte * 256 + c[byte]];
+        if (byte + 1 < row_bytes_) b += p.table[(byte + 1) * 256 + c[byte + 1]];
+      }
+      return a + b;
+    } else {
+      float lanes[8] = {};
+      for (std::size_t j = 0; j < width(); j += 8) {
+        for (std::size_t i = 0; i < std::min<std::size_t>(8, width() - j); ++i) {
+          lanes[i] += static_cast<float>(2 * static_cast<int>(c[j + i]) - top) * p.query[j + i];
+        }
+      }
+      float sum = 0;
+      for (const float x : lanes) sum += x;
+      return sum;
+    }
+  }
+
+  // Codes buffer_ (y). The step that leaves the smallest residual of a few about the normal optimum.
+  void encode() {
+    double y2 = 0;
+    float most = 0;
+    for (const float y : buffer_) {
+      y2 += static_cast<double>(y) * y;
+      most = std::max(most, std::abs(y));
+    }
+    const auto spread = static_cast<float>(std::sqrt(y2 / static_cast<double>(width())));
+    codes_.resize(codes_.size() + row_bytes_);
+    std::uint8_t* out = codes_.data() + codes_.size() - row_bytes_;
+    float best = spread * normal_half_step<Bits>;
+    if constexpr (Bits > 1) {
+      double best_cos = -1;
+      for (const float factor :
+           {0.7f, 0.85f, 1.0f, 1.2f, 1.5f, most / (static_cast<float>(top) * std::max(best, 1e-30f))}) {
+        const float half = spread * normal_half_step<Bits> * factor;
+        double cy = 0, cc = 0;
+        for (const float y : buffer_) {
+          const double c = quantise(y, half);
+          cy += c * y;
+          cc += c * c;
+        }
+        if (const double cosine2 = cc > 0 ? cy * std::abs(cy) / cc : 0; cosine2 > best_cos)
+          best_cos = cosine2, best = half;
+      }
+    }
+    double cy = 0, cc = 0;
+    for (std::size_t j = 0; j < width(); ++j) {
+      const int c = quantise(buffer_[j], best);
+      cy += static_cast<double>(c) * buffer_[j];
+      cc += static_cast<double>(c) * c;
+      out[j * Bits / 8] =
+          static_cast<std::uint8_t>(out[j * Bits / 8] | static_cast<unsigned>((c + top) / 2) << (j * Bits % 8));
+    }
+    const double alpha = cy > 0 ? y2 / cy : 0;
+    scale_.push_back(static_cast<float>(alpha));
+    // ‖y − αc‖² = α²‖c‖² − ‖y‖², since y − αc is orthogonal to y. Rounded up: it is used as a bound.
+    const double left = cy > 0 ? std::max(0.0, alpha * alpha * cc - y2) : y2;
+    residual_.push_back(static_cast<float>(std::sqrt(left + 1e-12 * y2) * (1 + 1e-6)));
+  }
+
+  [[nodiscard]] static int quantise(float y, float half_step) noexcept {
+    if constexpr (Bits == 1) return y < 0 ? -1 : 1;
+    const float cell = std::floor(y / (2 * half_step));
+    constexpr auto edge = static_cast<float>(1 << (Bits - 1));
+    return 2 * static_cast<int>(std::clamp(cell, -edge, edge - 1)) + 1;
+  }
+
+  // sum_ += sign·(decoded key), so that truncation undoes an append.
+  void accumulate(index_t token, float sign) noexcept {
+    const std::uint8_t* c = code(token);
+    const float alpha = scale_[static_cast<std::size_t>(token)];
+    const float* mean = means_.data() + epoch(token) * width();
+    for (std::size_t j = 0; j < width(); ++j) sum_[j] += static_cast<double>(sign * (alpha * level(c, j) + mean[j]));
+  }
+
+  random_rotation rotation_;
+  std::size_t row_bytes_ = 0;
+  std::vector<float> buffer_;
+  std::vector<double> sum_;
+  std::vector<std::uint8_t> codes_;
+  std::vector<float> scale_, residual_, means_;
+};
+
+}  // namespace vattn::sketch

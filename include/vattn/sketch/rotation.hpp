@@ -1,0 +1,54 @@
+// A fixed random rotation in O(D log D): spreads every key's energy evenly over the coordinates.
+#pragma once
+
+#include <bit>
+#include <cmath>
+#include <span>
+
+#include "vattn/sample/philox.hpp"
+
+namespace vattn::sketch {
+
+/// x -> H S₂ H S₁ x / P on P = bit_ceil(dim) coordinates (zeros appended), H the Hadamard matrix and S
+/// random signs: orthogonal, so inner products are kept. Two rounds, since after one a vector with a single
+/// coordinate is still ±1 everywhere. Signs are a function of the seed; nothing is stored.
+class random_rotation {
+ public:
+  random_rotation() = default;
+  random_rotation(index_t dim, std::uint64_t seed) noexcept
+      : dim_(static_cast<std::size_t>(dim)), width_(std::bit_ceil(dim_)), seed_(seed) {}
+
+  [[nodiscard]] std::size_t dim() const noexcept { return dim_; }
+  /// Coordinates after the rotation.
+  [[nodiscard]] std::size_t width() const noexcept { return width_; }
+
+  /// In place: the first dim() of `x` [width()] are the input, the rest is overwritten.
+  void apply(std::span<float> x) const noexcept {
+    for (std::size_t j = dim_; j < width_; ++j) x[j] = 0;
+    for (std::uint32_t round = 0; round < 2; ++round) {
+      random_stream signs({.seed = seed_, .layer = purpose}, round);
+      for (std::size_t j = 0; j < width_; j += 32) {
+        const std::uint32_t bits = signs.next();
+        for (std::size_t i = j; i < std::min(j + 32, width_); ++i) x[i] = bits >> (i - j) & 1 ? -x[i] : x[i];
+      }
+      for (std::size_t half = 1; half < width_; half *= 2) {
+        for (std::size_t j = 0; j < width_; j += 2 * half) {
+          for (std::size_t i = j; i < j + half; ++i) {
+            const float a = x[i], b = x[i + half];
+            x[i] = a + b;
+            x[i + half] = a - b;
+          }
+        }
+      }
+    }
+    const float scale = 1 / static_cast<float>(width_);
+    for (float& v : x) v *= scale;
+  }
+
+ private:
+  static constexpr std::uint32_t purpose = 0x50524f54;  // keeps these signs apart from any layer's draws
+  std::size_t dim_ = 0, width_ = 0;
+  std::uint64_t seed_ = 0;
+};
+
+}  // namespace vattn::sketch
