@@ -8,6 +8,15 @@
 #include <cstddef>
 #include <cstdint>
 
+// 0 where the consumer forbids exceptions (-fno-exceptions). The library throws none of its own.
+#if !defined(VATTN_HAS_EXCEPTIONS)
+#if defined(__cpp_exceptions)
+#define VATTN_HAS_EXCEPTIONS 1
+#else
+#define VATTN_HAS_EXCEPTIONS 0
+#endif
+#endif
+
 // Debug-only preconditions inside kernels. They never guard a caller's input: that is `status`' job.
 #if !defined(VATTN_CHECKS)
 #if defined(NDEBUG)

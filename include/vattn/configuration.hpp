@@ -33,8 +33,9 @@ struct config {
     };
     if (!(epsilon > 0 && epsilon < 1)) return bad("epsilon", epsilon, "give a relative error in (0, 1), such as 0.05");
     if (!(delta > 0 && delta < 1)) return bad("delta", delta, "give a failure probability in (0, 1), such as 0.1");
-    if (sinks < 0) return bad("sinks", static_cast<double>(sinks), "give a number of tokens, 0 or more");
-    if (window < 0) return bad("window", static_cast<double>(window), "give a number of tokens, 0 or more");
+    const char* tokens = "give a number of tokens, from 0 to 2^31 - 1";
+    if (sinks < 0 || sinks >> 31) return bad("sinks", static_cast<double>(sinks), tokens);
+    if (window < 0 || window >> 31) return bad("window", static_cast<double>(window), tokens);
     if (heavy != automatic && !(heavy >= 0 && heavy <= 1)) return bad("heavy", heavy, "give a share in [0, 1]");
     if (base != automatic && !(base > 0 && base <= 1)) return bad("base", base, "give a share in (0, 1]");
     if (min_sample < 2) return bad("min_sample", static_cast<double>(min_sample), "a variance needs at least 2 rows");

@@ -150,6 +150,31 @@ TEST_CASE("a smaller epsilon never costs fewer rows on average", "[stat][monoton
   }
 }
 
+TEST_CASE("a selector that ranks while it counts loses no token", "[stat][top_p]") {
+  struct policy : default_policy {
+    using selector = select::top_p<select::exact_contributions>;
+  };
+  const problem<float> p("gauss2", "mean", 4096, 32, 12);
+  select::top_p<select::exact_contributions> half;
+  half.mass = 0.5;
+  const vattention<policy> attention({.epsilon = 0.05, .delta = 0.1}, half);
+  std::vector<float> out(32);
+  certificate c;
+  workspace memory;
+  long failures = 0, sampled = 0;
+  for (std::uint64_t seed = 0; seed < 60; ++seed) {
+    REQUIRE(attention(p.query(), p.cache(), p.options(),
+                      {.output = {out.data(), {1, 1, 1, 32}}, .certificates = {&c, {1, 1, 1}}}, memory, {.seed = seed})
+                .ok());
+    double e2 = 0;
+    for (std::size_t j = 0; j < 32; ++j) e2 += std::pow(out[j] - p.output()[j], 2);
+    failures += std::sqrt(e2) > 0.05 * p.norm();
+    sampled += !c.exact();
+  }
+  CHECK(sampled > 0);
+  CHECK(binomial_upper_tail(failures, 60, 0.1) > 1e-4);
+}
+
 TEST_CASE("remembered scores are the exact ranking", "[stat]") {
   const problem<float> p("laplace", "heavy_tailed", 3000, 32, 9);
   const vattention<remembering<default_policy>> fast({}, p.selector());

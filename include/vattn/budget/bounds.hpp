@@ -47,11 +47,12 @@ concept bound = requires(const sum_evidence& e, double m, double delta) {
 
 namespace budget {
 
-/// Smallest whole m in [1, population] with B::radius(e, m, delta) <= tau; population if none.
-/// Bisection: every radius falls with m.
+/// Smallest whole m in [1, population] with B::radius(e, m, delta) <= tau; population if none. Closed form
+/// where the bound has one (`rows`), else bisection: every radius falls with m.
 template <bound B>
 [[nodiscard]] double sample_size(const sum_evidence& e, double tau, double delta) noexcept {
   double low = 0, high = std::max(1.0, std::floor(e.population));  // radius(high) <= tau or high = all
+  if constexpr (requires { B::rows(e, tau, delta); }) return std::clamp(std::ceil(B::rows(e, tau, delta)), 1.0, high);
   if (!(B::radius(e, high, delta) <= tau)) return high;
   while (high - low > 1) {
     const double middle = std::floor((low + high) / 2);
@@ -76,9 +77,19 @@ struct clt {
       "asymptotic: the sample is large enough for its mean to be normal and for its variance to be seen";
 
   [[nodiscard]] static double radius(const sum_evidence& e, double m, double delta) noexcept {
-    double q = squared_error_quantile(delta, e.dimension, e.dof);
-    if (!e.scalar && e.dimension <= 1) q = std::max(q, 1.5365);
-    return e.population * std::sqrt(q * e.variance / m * finite_population(e, m));
+    return e.population * std::sqrt(quantile(e, delta) * e.variance / m * finite_population(e, m));
+  }
+  /// radius(m) = tau solved for m: 1/m = (tau/N)²/(q s²) + 1/N.
+  [[nodiscard]] static double rows(const sum_evidence& e, double tau, double delta) noexcept {
+    if (!(e.variance > 0)) return 1;
+    const double t = tau / e.population;
+    return 1 / (t * t / (quantile(e, delta) * e.variance) + (e.with_replacement ? 0 : 1 / e.population));
+  }
+
+ private:
+  [[nodiscard]] static double quantile(const sum_evidence& e, double delta) noexcept {
+    const double q = squared_error_quantile(delta, e.dimension, e.dof);
+    return !e.scalar && e.dimension <= 1 ? std::max(q, 1.5365) : q;
   }
 };
 
@@ -91,10 +102,17 @@ struct student {
       "freedom";
 
   [[nodiscard]] static double radius(const sum_evidence& e, double m, double delta) noexcept {
-    sum_evidence cautious = e;
-    cautious.dimension = 1;
-    cautious.dof = std::min(e.dof, std::max(1.0, e.sampled - 1));
-    return clt::radius(cautious, m, delta);
+    return clt::radius(cautious(e), m, delta);
+  }
+  [[nodiscard]] static double rows(const sum_evidence& e, double tau, double delta) noexcept {
+    return clt::rows(cautious(e), tau, delta);
+  }
+
+ private:
+  [[nodiscard]] static sum_evidence cautious(sum_evidence e) noexcept {
+    e.dimension = 1;
+    e.dof = std::min(e.dof, std::max(1.0, e.sampled - 1));
+    return e;
   }
 };
 

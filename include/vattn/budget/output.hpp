@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 
@@ -128,7 +129,8 @@ struct output {
     for (const drawn_row& r : l.rows) all.add(term(r, e.reference));
     const double per_term = all.sum > 0 ? variance * (e.sampled - 1) / all.sum : 0;
 
-    split best{k, std::numeric_limits<index_t>::max()};
+    constexpr index_t none = std::numeric_limits<index_t>::max();
+    split best{k, none};
     const auto consider = [&](index_t heavy, const tally& kept, float bound) {
       sum_evidence s = now;
       s.population = e.population - static_cast<double>(heavy - k);
@@ -142,25 +144,39 @@ struct output {
         m = std::max(kept.rows, sample_size<B>(s, aim * tau, l.settings.delta));
       }
       const auto rows = static_cast<index_t>(m);
-      if (best.sampled == std::numeric_limits<index_t>::max() || heavy + rows < best.heavy + best.sampled)
-        best = {heavy, rows};
+      if (best.sampled == none || heavy + rows < best.heavy + best.sampled) best = {heavy, rows};
     };
     consider(k, all, l.order.bound());
     if (l.settings.heavy == config::automatic && l.scores.kind != score_kind::ranking) {
-      const index_t most = std::min(l.order.size() - 1, l.n / 4);
-      for (double rung = 1.5 * static_cast<double>(std::max<index_t>(k, 32)); rung <= static_cast<double>(most);
-           rung *= 1.5) {
-        const auto heavy = static_cast<index_t>(rung);
-        if (heavy > best.heavy + best.sampled) break;  // dearer than the best already, and rising
-        const ordinal last = l.order.at_rank(heavy);
-        tally kept;
-        for (const drawn_row& r : l.rows) {
-          if (l.order.before(last, r.place)) kept.add(term(r, e.reference));
-        }
-        consider(heavy, kept, l.order.score(last));
+      // Rungs beyond the best so far can only be dearer, and far ones are not reached at this look. From the highest
+      // down, so that each selects among what the one above has left; then one pass deals the rows to the rungs.
+      const index_t most = std::min({l.order.size() - 1, l.n / 4, 8 * (k + static_cast<index_t>(e.sampled)),
+                                     best.sampled == none ? none : best.heavy + best.sampled});
+      constexpr std::size_t max_rungs = 48;  // 1.5^48 > 2^28
+      std::array<index_t, max_rungs> heavy;
+      std::array<ordinal, max_rungs> last;
+      std::array<float, max_rungs> score;
+      std::array<tally, max_rungs> kept{};
+      std::size_t rungs = 0;
+      for (double rung = 72; rung <= static_cast<double>(most) && rungs < max_rungs; rung *= 1.5)
+        if (rung > 1.25 * static_cast<double>(k)) heavy[rungs++] = static_cast<index_t>(rung);
+      for (std::size_t i = rungs; i-- > 0;) {
+        last[i] = l.order.at_rank(heavy[i]);
+        score[i] = l.order.score(last[i]);
+      }
+      // A row that ranks behind rung i ranks behind all rungs below it: count it at the highest, then sum.
+      for (const drawn_row& r : l.rows) {
+        std::size_t passed = 0;
+        while (passed < rungs && l.order.before(last[passed], r.place)) ++passed;
+        if (passed > 0) kept[passed - 1].add(term(r, e.reference));
+      }
+      for (std::size_t i = rungs; i-- > 1;) kept[i - 1].merge(kept[i]);
+      for (std::size_t i = 0; i < rungs; ++i) {
+        if (heavy[i] > best.heavy + best.sampled) break;
+        consider(heavy[i], kept[i], score[i]);
       }
     }
-    if (best.sampled == std::numeric_limits<index_t>::max()) best.sampled = static_cast<index_t>(e.population);
+    if (best.sampled == none) best.sampled = static_cast<index_t>(e.population);
     // A far jump from a small sample overshoots: the tail it saw decides, and a larger sample sees better.
     const double have = static_cast<double>(k) + e.sampled, asked = static_cast<double>(best.heavy + best.sampled);
     if (const double part = growth * have / (asked - have); part < 1) {
@@ -177,6 +193,11 @@ struct output {
       rows += 1;
       sum += t;
       square += t * t;
+    }
+    void merge(const tally& o) noexcept {
+      rows += o.rows;
+      sum += o.sum;
+      square += o.square;
     }
     // Rows that carry the sum: all of them if equal, 1 if one dominates.
     [[nodiscard]] double effective() const noexcept { return square > 0 ? sum * sum / square : rows; }

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <concepts>
 #include <span>
 
 #include "vattn/kernel/row.hpp"
@@ -61,17 +62,32 @@ class residual_moments {
   float add(float logit, const R& value) noexcept {
     // x up to e^8 keeps x⁴ and its sums far inside double, x² far inside float.
     if (logit > m_ + 8) raise(logit);
-    const auto n = static_cast<Eigen::Index>(width_);
-    using kernel::load;
-    load(value, residual_.data());
-    kernel::float_map r(residual_.data(), n);
-    r -= kernel::const_float_map(centre_.data(), n);
-    const float r2 = r.squaredNorm();
-    const float x = std::exp(logit - m_);
+    return add_weighted(std::exp(logit - m_), value);
+  }
+
+  /// Makes room for logits up to `most` and returns the reference of their weights.
+  float prepare(float most) noexcept {
+    if (most > m_ + 8) raise(most);
+    return m_;
+  }
+
+  /// As `add`, the weight exp(logit - reference) given.
+  template <kernel::row R>
+  float add_weighted(float x, const R& value) noexcept {
     const std::size_t g = next_;
     next_ = (next_ + 1) % groups;
-    kernel::float_map(first_.data() + g * width_, n) += x * r;
-    kernel::float_map(second_.data() + g * width_, n) += x * x * r;
+    float* N = first_.data() + g * width_;
+    float* B = second_.data() + g * width_;
+    float r2;
+    if constexpr (requires {
+                    { value.data() } -> std::convertible_to<const float*>;
+                  }) {
+      r2 = accumulate(value.data(), x, N, B);
+    } else {
+      using kernel::load;
+      load(value, residual_.data());
+      r2 = accumulate(residual_.data(), x, N, B);
+    }
     sums& s = scalars_[g];
     const double w = x, c = w * w * r2;
     s += {1, w, w * w, c, c * c, w * r2};
@@ -104,6 +120,29 @@ class residual_moments {
   }
 
  private:
+  // N += x r, B += x² r; returns ‖r‖². One pass: each element of v and c is read once, and x does not wait for r.
+  [[nodiscard]] float accumulate(const float* v, float x, float* N, float* B) const noexcept {
+    using lanes = Eigen::Array<float, 16, 1>;
+    const float xx = x * x;
+    const float* c = centre_.data();
+    lanes square = lanes::Zero();
+    std::size_t j = 0;
+    for (; j + 16 <= width_; j += 16) {
+      const lanes r = Eigen::Map<const lanes>(v + j) - Eigen::Map<const lanes>(c + j);
+      square += r * r;
+      Eigen::Map<lanes>(N + j) += x * r;
+      Eigen::Map<lanes>(B + j) += xx * r;
+    }
+    float r2 = square.sum();
+    for (; j < width_; ++j) {
+      const float r = v[j] - c[j];
+      r2 += r * r;
+      N[j] += x * r;
+      B[j] += xx * r;
+    }
+    return r2;
+  }
+
   void raise(float m) noexcept {
     const float factor = std::exp(m_ - m);
     const double f1 = factor, f2 = f1 * f1;

@@ -51,13 +51,32 @@ class residual_sample {
     if (!Sampler::with_replacement) m = std::min(m, population_size());
     m = std::min(m, static_cast<index_t>(storage_.size()));
     bool finite = true;
+    // A block of places first, then their rows: the misses of one row overlap those of the next.
+    constexpr index_t block = 32;
     while (count_ < m) {
-      const ordinal place = sampler_.next();
-      if (!in_residual(place)) continue;
-      const float logit = row_.logit(tokens_[place]);
-      finite &= std::isfinite(logit);
-      storage_[static_cast<std::size_t>(count_++)] = {place, logit,
-                                                      moments_.add(logit, row_.head.value(tokens_[place]))};
+      const index_t end = std::min(m, count_ + block);
+      index_t drawn = count_;
+      while (drawn < end) {
+        const ordinal place = sampler_.next();
+        if (!in_residual(place)) continue;
+        const index_t token = tokens_[place];
+        prefetch(row_.head.key(token));
+        prefetch(row_.head.value(token));
+        storage_[static_cast<std::size_t>(drawn++)].place = place;
+      }
+      Eigen::Array<float, block, 1> x;
+      const index_t width = end - count_;
+      for (index_t i = 0; i < width; ++i) {
+        drawn_row& r = storage_[static_cast<std::size_t>(count_ + i)];
+        x[i] = r.logit = row_.logit(tokens_[r.place]);
+      }
+      finite &= x.head(width).allFinite();
+      x.head(width) = (x.head(width) - moments_.prepare(x.head(width).maxCoeff())).exp();
+      for (index_t i = 0; i < width; ++i) {
+        drawn_row& r = storage_[static_cast<std::size_t>(count_ + i)];
+        r.spread = moments_.add_weighted(x[i], row_.head.value(tokens_[r.place]));
+      }
+      count_ = end;
     }
     return finite;
   }
@@ -76,6 +95,17 @@ class residual_sample {
   }
 
  private:
+  template <class R>
+  static void prefetch(const R& r) noexcept {
+    if constexpr (requires {
+                    r.data();
+                    r.size_bytes();
+                  }) {
+      const auto* p = reinterpret_cast<const char*>(r.data());
+      for (std::size_t at = 0; at < r.size_bytes(); at += 64) __builtin_prefetch(p + at);
+    }
+  }
+
   [[nodiscard]] bool in_residual(ordinal place) const noexcept {
     return place >= first_ && place < last_ && !order_.contains(place);
   }

@@ -24,15 +24,15 @@ struct weighted_row {
 /// The Hájek estimate ô = Σ x v/π / Σ x/π and the distribution of its linearised error
 /// Σ (1{i in S}/π_i − 1) Y_i: independent terms of variance (1 − π)/π·‖Y‖².
 struct weighted_estimate {
-  double reference = 0;    ///< logit
-  double denominator = 0;  ///< D̂ relative to it
-  double denominator_variance = 0;  ///< of D̂, relative to D̂²
-  double output2 = 0;      ///< ‖ô‖²
-  double power = 0;        ///< Σ x‖v‖²/π / D̂
-  double variance = 0;     ///< V̂ = Σ t, t = (1 − π)/π²·‖Y‖²
-  double dimension = 1;    ///< ν₁
+  double reference = 0;                                  ///< logit
+  double denominator = 0;                                ///< D̂ relative to it
+  double denominator_variance = 0;                       ///< of D̂, relative to D̂²
+  double output2 = 0;                                    ///< ‖ô‖²
+  double power = 0;                                      ///< Σ x‖v‖²/π / D̂
+  double variance = 0;                                   ///< V̂ = Σ t, t = (1 − π)/π²·‖Y‖²
+  double dimension = 1;                                  ///< ν₁
   double dof = std::numeric_limits<double>::infinity();  ///< ν₂ = 2V̂²/Σt²
-  index_t certain = 0;     ///< rows of probability 1
+  index_t certain = 0;                                   ///< rows of probability 1
 };
 
 /// Groups to whose signed sums the rows are dealt, for Tr(Σ²).

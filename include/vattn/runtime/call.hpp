@@ -206,8 +206,8 @@ template <class Q, kv_cache KV, executor E, class Attend>
   if (const index_t task = failed.load(); task >= 0) {
     return status::error(
         errc::non_finite,
-        "a NaN or infinity was read for batch %lld, query %lld, head %lld: check q, K, V, the mask and the sink "
-        "logits of that head",
+        "a NaN or infinity was read, or a product overflowed float, for batch %lld, query %lld, head %lld: check q, "
+        "K, V, the mask and the sink logits of that head",
         static_cast<long long>(task / n_heads / n_queries), static_cast<long long>(task / n_heads % n_queries),
         static_cast<long long>(task % n_heads));
   }

@@ -1,6 +1,7 @@
 // Who runs the independent (batch, query, head) tasks of a call. The library starts no thread of its own.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <concepts>
 #include <thread>
@@ -45,7 +46,17 @@ class thread_executor {
       for (index_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < n;) f(task, worker);
     };
     std::vector<std::thread> helpers;
-    for (index_t worker = 1; worker < threads_; ++worker) helpers.emplace_back(work, worker);
+    const auto start = [&] {
+      for (index_t worker = 1; worker < std::min(threads_, n); ++worker) helpers.emplace_back(work, worker);
+    };
+#if VATTN_HAS_EXCEPTIONS
+    try {
+      start();
+    } catch (...) {  // no more threads to be had: those that run do all tasks
+    }
+#else
+    start();
+#endif
     work(0);
     for (std::thread& helper : helpers) helper.join();
   }

@@ -52,7 +52,8 @@ class importance {
       flat += vn;
     }
     const auto share = [](double part, double sum) { return sum > 0 ? static_cast<float>(part / sum) : 0.0f; };
-    const float a = share(1 - shape.tempered, plain), t = share(shape.tempered, tempered), d = share(shape.defensive, flat);
+    const float a = share(1 - shape.tempered, plain), t = share(shape.tempered, tempered),
+                d = share(shape.defensive, flat);
     for (index_t i = first; i < last; ++i) weight_[at(i)] = a * weight_[at(i)] + t * number_[at(i)] + d * value(i);
     for (index_t i = first; i < last; ++i) {
       // Centre of one of 2^24 cells: never 0, so a token of probability 0 stays out and π = 1 is always in.

@@ -76,8 +76,17 @@ struct contributions : Logit {
     if (!(sum > 0)) return r;  // all values are equal
     r.kind = score_kind::contribution;
     r.value_offset = static_cast<float>(sum / (2 * static_cast<double>(tokens.size())));
-    for (index_t j = 0; j < tokens.size(); ++j) {
-      scores[static_cast<std::size_t>(j)] += std::log(std::hypot(distance(tokens[j]), r.value_offset));
+    // Blocks, so that the logarithms are vectors: one at a time they cost as much as the keys.
+    constexpr index_t block = 256;
+    Eigen::Array<float, block, 1> square;
+    const float offset2 = r.value_offset * r.value_offset;
+    for (index_t first = 0; first < tokens.size(); first += block) {
+      const index_t width = std::min(block, tokens.size() - first);
+      for (index_t j = 0; j < width; ++j) {
+        const float d = distance(tokens[first + j]);
+        square[j] = d * d + offset2;
+      }
+      Eigen::Map<Eigen::ArrayXf>(scores.data() + first, width) += 0.5f * square.head(width).log();
     }
     return r;
   }
