@@ -64,7 +64,7 @@ class residual_sample {
         prefetch(row_.head.value(token));
         storage_[static_cast<std::size_t>(drawn++)].place = place;
       }
-      Eigen::Array<float, block, 1> x;
+      Eigen::Array<float, block, 1> x = Eigen::Array<float, block, 1>::Zero();
       const index_t width = end - count_;
       for (index_t i = 0; i < width; ++i) {
         drawn_row& r = storage_[static_cast<std::size_t>(count_ + i)];
