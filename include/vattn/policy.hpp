@@ -5,6 +5,7 @@
 #include "vattn/budget/output.hpp"
 #include "vattn/budget/targets.hpp"
 #include "vattn/configuration.hpp"
+#include "vattn/sample/importance.hpp"
 #include "vattn/sample/uniform.hpp"
 #include "vattn/select/selector.hpp"
 
@@ -43,10 +44,22 @@ struct any_head {
 };
 }  // namespace detail
 
+/// sample::by_importance, or derived from it.
+template <class S>
+concept importance_sampler = requires {
+  { S::shape } -> std::convertible_to<sample::importance_shape>;
+};
+
+/// A sampler, and the selector, bound and target that go with it.
 template <class P>
-concept attention_policy = uniform_sampler<typename P::sampler> && bound<typename P::bound> &&
-    target_for<typename P::target, typename P::bound> &&
-    selector_for<typename P::selector, query_row<detail::any_head>>;
+concept samples_uniformly = uniform_sampler<typename P::sampler>;
+template <class P>
+concept samples_by_importance = importance_sampler<typename P::sampler> && P::selector::estimates &&
+                                P::bound::kind == guarantee::asymptotic&& P::target::kind == target_kind::output;
+
+template <class P>
+concept attention_policy = (samples_uniformly<P> || samples_by_importance<P>)&&bound<typename P::bound>&& target_for<
+    typename P::target, typename P::bound>&& selector_for<typename P::selector, query_row<detail::any_head>>;
 
 /// Configurations of the paper's experiments (section 5 and appendix of arXiv 2510.05688): sinks 128,
 /// window 128, heavy share and base rate in the ranges it gives, ε = δ. Use with verified_denominator,

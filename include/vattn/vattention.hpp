@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "vattn/exact_attention.hpp"
+#include "vattn/importance_attention.hpp"
 #include "vattn/policy.hpp"
 
 namespace vattn {
@@ -67,8 +68,20 @@ class vattention {
     c.epsilon = settings_.epsilon, c.delta = settings_.delta, c.scale = settings_.scale, c.target = target::kind;
     if (fixed + settings_.min_sample >= most) return attend_exactly(row, tokens, s, state, c);
 
+    if constexpr (importance_sampler<sampler>) {
+      return attend_by_importance<bound>(row, tokens, stream, settings_, selector_, sampler::shape, s, state, c);
+    } else {
+      return attend_uniformly(row, tokens, stream, s, state, c);
+    }
+  }
+
+  template <kv_head Head>
+  [[nodiscard]] bool attend_uniformly(const query_row<Head>& row, const population& tokens, const random_stream& stream,
+                                      scratch& s, softmax_state& state, certificate& c) const noexcept {
+    const index_t n = tokens.size(), fixed = settings_.sinks + settings_.window;
+    const auto most = static_cast<index_t>(settings_.max_density * static_cast<double>(n));
     const score_result scores =
-        selector_.score(row, tokens, s.scores.first(static_cast<std::size_t>(n)), s.value_centre);
+        selector_.score(row, tokens, {s.scores.first(static_cast<std::size_t>(n)), {}, s.value_centre, s.selector});
     if (!scores.ok) return false;
     ranking order(s.scores, settings_.sinks, n - settings_.window, s.order);
     split want = target::first(n, order.size(), selector_.heavy_count(order, n, settings_), settings_);
@@ -137,9 +150,15 @@ class vattention {
   }
 
   [[nodiscard]] scratch::sparse_sizes sizes(index_t n) const noexcept {
-    return {.drawn = static_cast<std::size_t>(std::ceil(settings_.max_density * static_cast<double>(n))),
-            .table = sampler::table_size(static_cast<ordinal>(n)),
-            .ranked = true};
+    const auto most = static_cast<std::size_t>(std::ceil(settings_.max_density * static_cast<double>(n)));
+    scratch::sparse_sizes sizes{.selector = selector_scratch(selector_), .sampled = true};
+    if constexpr (importance_sampler<sampler>) {
+      sizes.weighted = most;
+    } else {
+      sizes.drawn = most;
+      sizes.table = sampler::table_size(static_cast<ordinal>(n));
+    }
+    return sizes;
   }
 
   vattn::config settings_;

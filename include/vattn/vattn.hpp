@@ -7,6 +7,8 @@
 #include "vattn/kv/view.hpp"            // K and V where they lie
 #include "vattn/options.hpp"            // scale, masks, windows, sinks
 #include "vattn/select/selector.hpp"    // what is read exactly
+#include "vattn/select/index.hpp"       // what is known of keys without reading them
+#include "vattn/sketch/codes.hpp"       // keys in a few bits
 #include "vattn/sample/uniform.hpp"     // what is drawn
 #include "vattn/estimate/residual.hpp"  // what the draw says
 #include "vattn/budget/targets.hpp"     // how much is enough: as published
@@ -14,5 +16,6 @@
 #include "vattn/certify/certificate.hpp"
 #include "vattn/policy.hpp"             // the slots, and the paper's presets
 #include "vattn/exact_attention.hpp"    // every row
+#include "vattn/importance_attention.hpp"  // rows by importance
 #include "vattn/vattention.hpp"         // the rows that are needed
 // clang-format on

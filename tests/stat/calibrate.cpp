@@ -24,6 +24,7 @@ struct options {
   std::vector<index_t> lengths{8192};
   std::vector<double> epsilons{0.02, 0.05, 0.1, 0.2}, deltas{0.05, 0.1, 0.2};
   index_t dim = 128;
+  int bits = 0;
   long draws = 200;
   std::uint64_t seed = 1;
   int threads = 1;
@@ -126,8 +127,18 @@ summary run_target(const problem<T>& p, const options& o, const config& c, std::
   return run_cell<policy<Target, budget::clt>>(p, c, o.draws, seed);
 }
 
+template <kernel::element T, int Bits>
+summary run_importance(const problem<T>& p, const options& o, const config& c, std::uint64_t seed) {
+  const indexed_problem index(p, sketch::key_codes<Bits>(p.dk(), o.seed));
+  return run_cell<importance_policy>(p, index.selector(), c, o.draws, seed);
+}
+
 template <kernel::element T>
 summary run(const problem<T>& p, const options& o, const config& c, std::uint64_t seed) {
+  if (o.bits == 1) return run_importance<T, 1>(p, o, c, seed);
+  if (o.bits == 2) return run_importance<T, 2>(p, o, c, seed);
+  if (o.bits == 4) return run_importance<T, 4>(p, o, c, seed);
+  if (o.bits == 8) return run_importance<T, 8>(p, o, c, seed);
   if (o.target == "denominator") return run_target<T, budget::denominator>(p, o, c, seed);
   if (o.target == "numerator") return run_target<T, budget::numerator>(p, o, c, seed);
   if (o.target == "sdpa") return run_target<T, budget::sdpa>(p, o, c, seed);
@@ -238,6 +249,10 @@ int main(int argc, char** argv) {
       ->capture_default_str();
   app.add_option("--bound", o.bound)
       ->check(CLI::IsMember({"clt", "student", "bernstein", "hoeffding"}))
+      ->capture_default_str();
+  app.add_option("--bits", o.bits,
+                 "importance sampling from key codes of 1, 2, 4 or 8 bits; 0 = uniform sampling, exact ranking")
+      ->check(CLI::IsMember({0, 1, 2, 4, 8}))
       ->capture_default_str();
   app.add_option("--sinks", o.sinks)->capture_default_str();
   app.add_option("--window", o.window)->capture_default_str();

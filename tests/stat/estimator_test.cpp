@@ -30,7 +30,7 @@ void require_unbiased(const char* regime) {
   const auto dv = static_cast<std::size_t>(p.dv());
   double sum = 0, square = 0;
   std::vector<double> mean(dv), var(dv);
-  for_each_draw<Policy>(p, one_look(), draws, 0, [&](const draw& d, const std::vector<float>& out) {
+  for_each_draw<Policy>(p, p.selector(), one_look(), draws, 0, [&](const draw& d, const std::vector<float>& out) {
     sum += d.denominator_error;
     square += d.denominator_error * d.denominator_error;
     for (std::size_t j = 0; j < dv; ++j) {
@@ -65,7 +65,7 @@ TEST_CASE("every residual token is sampled with the stated probability", "[stat]
   const population tokens(0, p.n());
   std::vector<float> scores(512), centre(8), storage(residual_moments::storage_size(8));
   std::vector<ordinal> order(512);
-  static_cast<void>(p.selector().score(row, tokens, scores, centre));
+  static_cast<void>(p.selector().score(row, tokens, {scores, {}, centre, {}}));
   std::vector<drawn_row> drawn(256);
   std::vector<std::uint64_t> table(sample::uniform_without_replacement::table_size(512));
   residual_moments moments(storage, 8);

@@ -21,10 +21,9 @@ struct remembered_scores {
   float value_offset = 0;
 
   template <class Row>
-  score_result score(const Row&, const population& tokens, std::span<float> out,
-                     std::span<float> out_centre) const noexcept {
-    std::copy_n(scores->data(), tokens.size(), out.data());
-    std::copy_n(centre->data(), out_centre.size(), out_centre.data());
+  score_result score(const Row&, const population& tokens, const score_buffers& out) const noexcept {
+    std::copy_n(scores->data(), tokens.size(), out.scores.data());
+    std::copy_n(centre->data(), out.centre.size(), out.centre.data());
     return {.ok = true, .kind = score_kind::contribution, .value_offset = value_offset};
   }
   index_t heavy_count(const ranking& r, index_t n, const config& c) const noexcept {
@@ -35,6 +34,28 @@ struct remembered_scores {
 template <class Base>
 struct remembering : Base {
   using selector = remembered_scores;
+};
+
+/// Scores of an index for a query, computed once, as `remembered_scores`.
+struct remembered_estimates {
+  static constexpr bool estimates = true;
+  const std::vector<float>* scores = nullptr;
+  const std::vector<float>* errors = nullptr;
+
+  template <class Row>
+  score_result score(const Row&, const population& tokens, const score_buffers& out) const noexcept {
+    std::copy_n(scores->data(), tokens.size(), out.scores.data());
+    if (!out.errors.empty()) std::copy_n(errors->data(), tokens.size(), out.errors.data());
+    return {};
+  }
+  index_t heavy_count(const ranking& r, index_t n, const config& c) const noexcept {
+    return select::top_k<select::exact_logits>{}.heavy_count(r, n, c);
+  }
+};
+
+struct importance_policy : default_policy {
+  using selector = remembered_estimates;
+  using sampler = sample::by_importance;
 };
 
 /// A single-head problem in element type T with its exact answer in double precision.
@@ -53,6 +74,7 @@ class problem {
         k_(c.k.begin(), c.k.end()),
         v_(c.v.begin(), c.v.end()) {
     const auto n = static_cast<std::size_t>(n_), dk = static_cast<std::size_t>(dk_), dv = static_cast<std::size_t>(dv_);
+    for (const float q : q_) scaled_q_.push_back(q * scale_);
     logits_.resize(n);
     double highest = -1e300;
     for (std::size_t i = 0; i < n; ++i) {
@@ -99,6 +121,7 @@ class problem {
   problem& operator=(const problem&) = delete;
 
   [[nodiscard]] index_t n() const { return n_; }
+  [[nodiscard]] index_t dk() const { return dk_; }
   [[nodiscard]] index_t dv() const { return dv_; }
   [[nodiscard]] auto cache() const {
     return contiguous_kv(k_.data(), v_.data(), kv_shape{1, 1, n_, dk_, dv_})
@@ -111,6 +134,8 @@ class problem {
     return o;
   }
   [[nodiscard]] remembered_scores selector() const { return {&scores_, &centre_, offset_}; }
+  [[nodiscard]] const float* scaled_query() const { return scaled_q_.data(); }
+  [[nodiscard]] auto head() const { return cache().head(0, 0); }
   [[nodiscard]] const std::vector<double>& output() const { return output_; }
   [[nodiscard]] double log_denominator() const { return log_denominator_; }
   [[nodiscard]] double scale_of(error_scale s) const { return s == error_scale::rms ? rms_ : norm_; }
@@ -120,7 +145,7 @@ class problem {
  private:
   index_t n_, dk_, dv_;
   float scale_;
-  std::vector<float> q_;
+  std::vector<float> q_, scaled_q_;
   std::vector<T> k_, v_;
   std::vector<double> logits_, output_;
   std::vector<float> centre_, distances_, scores_;
@@ -137,8 +162,9 @@ struct draw {
 
 /// Draws `count` times with seeds first_seed, first_seed + 1, … `visit(draw, output)` sees each.
 template <class Policy, kernel::element T, class Visit>
-void for_each_draw(const problem<T>& p, const config& settings, long count, std::uint64_t first_seed, Visit&& visit) {
-  const vattention<Policy> attention(settings, p.selector());
+void for_each_draw(const problem<T>& p, const typename Policy::selector& selector, const config& settings, long count,
+                   std::uint64_t first_seed, Visit&& visit) {
+  const vattention<Policy> attention(settings, selector);
   const auto dv = static_cast<std::size_t>(p.dv());
   std::vector<float> out(dv);
   draw d;
@@ -187,11 +213,12 @@ struct summary {
 };
 
 template <class Policy, kernel::element T>
-summary run_cell(const problem<T>& p, const config& settings, long count, std::uint64_t first_seed) {
+summary run_cell(const problem<T>& p, const typename Policy::selector& selector, const config& settings, long count,
+                 std::uint64_t first_seed) {
   summary s;
   // Float outputs are compared with double references: below this an error is rounding, not sampling.
   constexpr double rounding = 2e-6;
-  for_each_draw<Policy>(p, settings, count, first_seed, [&](const draw& d, const auto&) {
+  for_each_draw<Policy>(p, selector, settings, count, first_seed, [&](const draw& d, const auto&) {
     ++s.draws;
     s.failures += d.error > settings.epsilon;
     s.density += d.certified.density();
@@ -210,5 +237,35 @@ summary run_cell(const problem<T>& p, const config& settings, long count, std::u
   s.achieved_mean /= static_cast<double>(std::max<std::size_t>(1, s.errors.size()));
   return s;
 }
+
+template <class Policy, kernel::element T>
+summary run_cell(const problem<T>& p, const config& settings, long count, std::uint64_t first_seed) {
+  return run_cell<Policy>(p, p.selector(), settings, count, first_seed);
+}
+
+/// An index over the keys of a problem and what it says of the query.
+template <key_index Index>
+class indexed_problem {
+ public:
+  template <kernel::element T>
+  indexed_problem(const problem<T>& p, Index index) : index_(std::move(index)) {
+    append_from(index_, p.head());
+    std::vector<float> scratch(index_.scratch_size());
+    scores_.resize(static_cast<std::size_t>(p.n()));
+    errors_.resize(Index::estimates ? scores_.size() : 0);
+    index_.score(p.scaled_query(), 0, scores_, errors_, scratch);
+  }
+  indexed_problem(const indexed_problem&) = delete;
+  indexed_problem& operator=(const indexed_problem&) = delete;
+
+  [[nodiscard]] const Index& index() const { return index_; }
+  [[nodiscard]] remembered_estimates selector() const { return {&scores_, &errors_}; }
+  [[nodiscard]] std::vector<float>& scores() { return scores_; }
+  [[nodiscard]] std::vector<float>& errors() { return errors_; }
+
+ private:
+  Index index_;
+  std::vector<float> scores_, errors_;
+};
 
 }  // namespace vattn::stat

@@ -29,6 +29,7 @@ struct certificate {
   double delta = 0;              ///< asked: share of draws in which the promise may fail
   double epsilon_achieved = 0;   ///< stated (1 − δ) quantile of the error of the target
   double coherence = 0;          ///< χ = ‖o‖ / RMS of the attended values: cost grows as 1/(χε)²
+  index_t breaches = 0;          ///< rows read whose logit was far outside what their score stated
   index_t rounds = 0;            ///< looks at the sample
   target_kind target = target_kind::none;
   error_scale scale = error_scale::output;

@@ -21,6 +21,7 @@ struct query_row {
   float alibi_slope = 0;
   float sink_logit = -std::numeric_limits<float>::infinity();
   index_t position = 0;
+  index_t kv_head = 0;  ///< batch·n_kv_heads + head: names the state that belongs to `head`
   mask_view::line mask{};
 
   [[nodiscard]] index_t dv() const noexcept { return head.dv(); }

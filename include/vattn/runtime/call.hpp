@@ -8,6 +8,7 @@
 
 #include "vattn/certify/certificate.hpp"
 #include "vattn/estimate/residual.hpp"
+#include "vattn/estimate/weighted.hpp"
 #include "vattn/kv/query.hpp"
 #include "vattn/kv/view.hpp"
 #include "vattn/runtime/executor.hpp"
@@ -36,11 +37,15 @@ struct scratch {
   std::span<ordinal> order;         // [n]
   std::span<drawn_row> drawn;       // rows that may be sampled
   std::span<std::uint64_t> table;   // sampler's
+  std::span<float> selector;                  // selector's
+  std::span<float> errors;                    // [n]; this and below: importance sampling's
+  std::span<float> weights, floors, numbers;  // [n]
+  std::span<weighted_row> weighted;           // rows that may be sampled
 
   /// What sparse attention needs beyond exact attention, for n tokens.
   struct sparse_sizes {
-    std::size_t drawn = 0, table = 0;
-    bool ranked = false;
+    std::size_t drawn = 0, table = 0, weighted = 0, selector = 0;
+    bool sampled = false;
   };
 
   [[nodiscard]] static scratch take(arena& a, index_t n, index_t dk, index_t dv, bool masked,
@@ -52,7 +57,7 @@ struct scratch {
     s.state = a.take<float>(width);
     s.part = a.take<float>(width);
     s.visible = a.take<ordinal>(masked ? tokens : 0);
-    if (!sparse.ranked) return s;
+    if (!sparse.sampled) return s;
     s.centre = a.take<float>(width);
     s.offset = a.take<float>(width);
     s.value_centre = a.take<float>(width);
@@ -61,6 +66,13 @@ struct scratch {
     s.order = a.take<ordinal>(tokens);
     s.drawn = a.take<drawn_row>(sparse.drawn);
     s.table = a.take<std::uint64_t>(sparse.table);
+    s.selector = a.take<float>(sparse.selector);
+    if (sparse.weighted == 0) return s;
+    s.errors = a.take<float>(tokens);
+    s.weights = a.take<float>(tokens);
+    s.floors = a.take<float>(tokens);
+    s.numbers = a.take<float>(tokens);
+    s.weighted = a.take<weighted_row>(sparse.weighted);
     return s;
   }
 };
@@ -175,6 +187,7 @@ template <class Q, kv_cache KV, executor E, class Attend>
     query_row<std::remove_cvref_t<decltype(head)>> row{.head = head, .scaled_query = s.query.data()};
     row.softcap = options.softcap;
     row.position = n - n_queries + t;
+    row.kv_head = b * cache.n_kv_heads() + h / group;
     row.mask = options.mask.at(b, h, t);
     if (options.alibi_slopes) row.alibi_slope = options.alibi_slopes[h];
     if (options.sink_logits) row.sink_logit = options.sink_logits[h];

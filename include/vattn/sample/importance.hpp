@@ -18,6 +18,12 @@ struct importance_shape {
   double kappa = 0.5;      ///< share of ε that one missed token at its floor may cost
 };
 
+/// The sampler slot's importance form: vattention then asks the selector for estimates with errors instead of
+/// a ranking. Derive and redefine `shape` to change the probabilities.
+struct by_importance {
+  static constexpr importance_shape shape{};
+};
+
 /// Token i is in the sample iff u_i < π_i with u_i a pure function of (key, stream, i): permanent, so that
 /// samples for growing π are nested. π_i = 1 inside the exact set, else min(1, max(c·w_i, λ·f_i)):
 ///   w_i  weights that sum to 1 + defensive: ½ norm(e^s vn) + ½ norm(e^{βs} vn) + 0.1 norm(vn)

@@ -40,6 +40,15 @@ class random_stream {
       : key_{static_cast<std::uint32_t>(key.seed), static_cast<std::uint32_t>(key.seed >> 32)},
         counter_{0, key.step, stream, key.layer} {}
 
+  /// A stream of its own for another purpose of the same query: the counter's top half of the layer word.
+  [[nodiscard]] constexpr random_stream fork(std::uint32_t purpose) const noexcept {
+    random_stream other = *this;
+    other.counter_[0] = 0;
+    other.counter_[3] ^= purpose << 16;
+    other.used_ = 4;
+    return other;
+  }
+
   constexpr std::uint32_t next() noexcept {
     if (used_ == 4) {
       block_ = philox4x32(counter_, key_);

@@ -28,35 +28,79 @@ struct score_result {
   float value_offset = 0;
 };
 
-/// Supply `score(row, tokens, scores, centre)`, which fills scores[j] for each place j of the population
-/// (higher = read first; a NaN ranks last) and, for contributions, centre [dv]; and `heavy_count(ranking, n, config)`,
-/// which says how many places to take exactly at first (it may rank them). Both const and noexcept: one selector serves
-/// all threads.
+/// Where a selector writes.
+struct score_buffers {
+  std::span<float> scores;   ///< [n], one for each place of the population; a NaN ranks last
+  std::span<float> errors;   ///< [n] or empty: error scale σ of the score as an estimate of the logit
+  std::span<float> centre;   ///< [dv]: the values' centre, of score_kind::contribution
+  std::span<float> scratch;  ///< [scratch_size()] of the selector, if it asks for any
+};
+
+/// Supply `score(row, tokens, buffers)` (higher = read first) and `heavy_count(ranking, n, config)`, which
+/// says how many places to take exactly at first (it may rank them). Both const and noexcept: one selector
+/// serves all threads. A selector whose scores estimate logits, with errors, says so by
+/// `static constexpr bool estimates = true`; one that needs memory, by `scratch_size()` (floats).
 template <class S, class Row>
-concept selector_for = requires(const S& s, const Row& row, const population& tokens, std::span<float> scores,
+concept selector_for = requires(const S& s, const Row& row, const population& tokens, const score_buffers& b,
                                 ranking& r, index_t n, const config& c) {
-  { s.score(row, tokens, scores, scores) }
+  { s.score(row, tokens, b) }
   noexcept->std::same_as<score_result>;
   { s.heavy_count(r, n, c) }
   noexcept->std::convertible_to<index_t>;
 };
 
+template <class S>
+[[nodiscard]] constexpr std::size_t selector_scratch(const S& s) noexcept {
+  if constexpr (requires { s.scratch_size(); }) {
+    return s.scratch_size();
+  } else {
+    return 0;
+  }
+}
+
 namespace select {
 
 /// Scores are the logits themselves: reads every visible key.
 struct exact_logits {
+  static constexpr bool estimates = true;  // with no error
+
   template <kv_head Head>
-  score_result score(const query_row<Head>& row, const population& tokens, std::span<float> scores,
-                     std::span<float> /*centre*/) const noexcept {
+  score_result score(const query_row<Head>& row, const population& tokens, const score_buffers& out) const noexcept {
     bool finite = true;
     for (index_t j = 0; j < tokens.size(); ++j) {
       const float l = row.logit(tokens[j]);
       finite &= std::isfinite(l);
-      scores[static_cast<std::size_t>(j)] = l;
+      out.scores[static_cast<std::size_t>(j)] = l;
     }
+    std::fill(out.errors.begin(), out.errors.end(), 0.0f);
     return {.ok = finite, .kind = score_kind::logit};
   }
 };
+
+/// ‖v − centre‖ of a token, as a function of the token; fills `centre` [dv]. From the cache's norms where it
+/// keeps them; else the centre is the mean of the visible values, and every call reads a value.
+template <kv_head Head>
+[[nodiscard]] auto value_distances(const Head& head, const population& tokens, std::span<float> centre) noexcept {
+  const float* stored = nullptr;
+  bool kept = false;
+  if constexpr (kv_head_with_value_norms<Head>) {
+    kept = head.has_value_norms();
+    stored = head.value_centre();
+  }
+  for (std::size_t j = 0; j < centre.size(); ++j) centre[j] = kept && stored ? stored[j] : 0.0f;
+  if (!kept) {
+    using kernel::axpy;
+    const float share = 1 / static_cast<float>(std::max<index_t>(1, tokens.size()));
+    for (index_t j = 0; j < tokens.size(); ++j) axpy(share, head.value(tokens[j]), centre.data());
+  }
+  return [&head, kept, c = centre.data()](index_t token) noexcept -> float {
+    if constexpr (kv_head_with_value_norms<Head>) {
+      if (kept) return head.value_norm(token);
+    }
+    using kernel::squared_distance;
+    return std::sqrt(squared_distance(head.value(token), c));
+  };
+}
 
 /// What a token can move the output: scores log(x·sqrt(‖v − c‖² + offset²)), c the cache's value centre (the
 /// mean value where it keeps none), offset half the mean ‖v − c‖. A huge value under a small logit is then
@@ -65,16 +109,15 @@ struct exact_logits {
 template <class Logit>
 struct contributions : Logit {
   template <kv_head Head>
-  score_result score(const query_row<Head>& row, const population& tokens, std::span<float> scores,
-                     std::span<float> centre) const noexcept {
-    score_result r = Logit::score(row, tokens, scores, centre);
+  score_result score(const query_row<Head>& row, const population& tokens, const score_buffers& out) const noexcept {
+    score_result r = Logit::score(row, tokens, out);
     if (!r.ok) return r;
     double sum = 0;
-    const auto distance = distances(row.head, tokens, centre);
+    const auto distance = value_distances(row.head, tokens, out.centre);
     for (index_t j = 0; j < tokens.size(); ++j) sum += distance(tokens[j]);
     if (!std::isfinite(sum)) return {.ok = false};
     if (!(sum > 0)) return r;  // all values are equal
-    r.kind = score_kind::contribution;
+    if (r.kind == score_kind::logit) r.kind = score_kind::contribution;
     r.value_offset = static_cast<float>(sum / (2 * static_cast<double>(tokens.size())));
     // Blocks, so that the logarithms are vectors: one at a time they cost as much as the keys.
     constexpr index_t block = 256;
@@ -86,34 +129,9 @@ struct contributions : Logit {
         const float d = distance(tokens[first + j]);
         square[j] = d * d + offset2;
       }
-      Eigen::Map<Eigen::ArrayXf>(scores.data() + first, width) += 0.5f * square.head(width).log();
+      Eigen::Map<Eigen::ArrayXf>(out.scores.data() + first, width) += 0.5f * square.head(width).log();
     }
     return r;
-  }
-
- private:
-  // ‖v − centre‖ of a token; fills the centre.
-  template <kv_head Head>
-  [[nodiscard]] static auto distances(const Head& head, const population& tokens, std::span<float> centre) noexcept {
-    const float* stored = nullptr;
-    bool kept = false;
-    if constexpr (kv_head_with_value_norms<Head>) {
-      kept = head.has_value_norms();
-      stored = head.value_centre();
-    }
-    for (std::size_t j = 0; j < centre.size(); ++j) centre[j] = kept && stored ? stored[j] : 0.0f;
-    if (!kept) {
-      using kernel::axpy;
-      const float share = 1 / static_cast<float>(std::max<index_t>(1, tokens.size()));
-      for (index_t j = 0; j < tokens.size(); ++j) axpy(share, head.value(tokens[j]), centre.data());
-    }
-    return [&head, kept, c = centre.data()](index_t token) noexcept -> float {
-      if constexpr (kv_head_with_value_norms<Head>) {
-        if (kept) return head.value_norm(token);
-      }
-      using kernel::squared_distance;
-      return std::sqrt(squared_distance(head.value(token), c));
-    };
   }
 };
 
@@ -121,8 +139,7 @@ struct contributions : Logit {
 /// key where the cache keeps key norms (else every key).
 struct norm_bounds {
   template <kv_head Head>
-  score_result score(const query_row<Head>& row, const population& tokens, std::span<float> scores,
-                     std::span<float> /*centre*/) const noexcept {
+  score_result score(const query_row<Head>& row, const population& tokens, const score_buffers& out) const noexcept {
     const auto dk = static_cast<Eigen::Index>(row.head.dk());
     const float q = kernel::const_float_map(row.scaled_query, dk).norm();
     bool finite = true;
@@ -131,7 +148,7 @@ struct norm_bounds {
       const float most =
           row.transform(q * key_norm(row.head, tokens[j]) * (1 + 1e-6f * static_cast<float>(dk)), tokens[j]);
       finite &= std::isfinite(most);
-      scores[static_cast<std::size_t>(j)] = most;
+      out.scores[static_cast<std::size_t>(j)] = most;
     }
     return {.ok = finite, .kind = score_kind::logit};
   }
@@ -174,7 +191,7 @@ struct top_p : Score {
 /// No heavy set: sinks and window alone are exact (StreamingLLM, arXiv 2309.17453, with a sampled rest).
 struct none {
   template <class Row>
-  score_result score(const Row&, const population&, std::span<float>, std::span<float>) const noexcept {
+  score_result score(const Row&, const population&, const score_buffers&) const noexcept {
     return {};
   }
   index_t heavy_count(const ranking&, index_t, const config&) const noexcept { return 0; }

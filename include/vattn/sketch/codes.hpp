@@ -44,6 +44,7 @@ class key_codes {
 
  public:
   static constexpr int bits = Bits;
+  static constexpr bool estimates = true;
 
   key_codes() = default;
   explicit key_codes(index_t dim, std::uint64_t seed = 0)
@@ -100,49 +101,57 @@ class key_codes {
   /// Residual norm ρ of a token's code.
   [[nodiscard]] float residual(index_t token) const noexcept { return residual_[static_cast<std::size_t>(token)]; }
 
-  /// What scoring needs of one query.
+  /// Floats of scratch that `score` needs: the rotated query and, below 8 bits, a table for each byte.
+  [[nodiscard]] std::size_t scratch_size() const noexcept { return width() + (Bits < 8 ? row_bytes_ * 256 : 0); }
+
+  /// The error of a score is at most `errors[i]·bound_over_error()`: a hard bound.
+  [[nodiscard]] float bound_over_error() const noexcept { return std::sqrt(static_cast<float>(width())); }
+
+  /// scores[i] = estimated product of the query with key first + i, errors[i] (if asked for) its error scale
+  /// ‖q‖ρ/sqrt(P). Reads no key, allocates nothing.
+  void score(const float* scaled_query, index_t first, std::span<float> scores, std::span<float> errors,
+             std::span<float> scratch) const noexcept {
+    const prepared p = prepare(scaled_query, scratch);
+    index_t token = first;
+    for (std::size_t i = 0; i < scores.size();) {
+      const index_t epoch_end = next_epoch(token);
+      const float base = dot_mean(p, token);
+      for (; i < scores.size() && token < epoch_end; ++i, ++token) {
+        scores[i] = scale_[static_cast<std::size_t>(token)] * product(p, token) + base;
+      }
+    }
+    const float unit = p.norm / bound_over_error();
+    for (std::size_t i = 0; i < errors.size(); ++i) errors[i] = unit * residual_[static_cast<std::size_t>(first) + i];
+  }
+
+ private:
   struct prepared {
-    std::vector<float> query;  // [width], rotated
-    std::vector<float> table;  // [row bytes][256] for Bits < 8
-    float norm = 0;            // ‖q‖
+    const float* query;  // [width], rotated
+    const float* table;  // [row bytes][256]
+    float norm;          // ‖q‖
   };
 
-  void prepare(const float* scaled_query, prepared& p) const {
-    p.query.resize(width());
-    std::copy_n(scaled_query, rotation_.dim(), p.query.begin());
-    rotation_.apply(p.query);
-    double norm2 = 0;
-    for (const float x : p.query) norm2 += static_cast<double>(x) * x;
-    p.norm = static_cast<float>(std::sqrt(norm2));
+  prepared prepare(const float* scaled_query, std::span<float> scratch) const noexcept {
+    const std::span<float> query = scratch.first(width()), table = scratch.subspan(width());
+    std::copy_n(scaled_query, rotation_.dim(), query.begin());
+    rotation_.apply(query);
     if constexpr (Bits < 8) {
       constexpr std::size_t per_byte = 8 / Bits;
-      p.table.resize(row_bytes_ * 256);
       for (std::size_t byte = 0; byte < row_bytes_; ++byte) {
         for (std::size_t code = 0; code < 256; ++code) {
           float sum = 0;
           for (std::size_t i = 0; i < per_byte; ++i) {
             const auto level = static_cast<float>(2 * static_cast<int>(code >> (i * Bits) & mask) - top);
-            sum += level * p.query[byte * per_byte + i];
+            sum += level * query[byte * per_byte + i];
           }
-          p.table[byte * 256 + code] = sum;
+          table[byte * 256 + code] = sum;
         }
       }
     }
+    const auto n = static_cast<Eigen::Index>(rotation_.dim());
+    return {query.data(), table.data(), kernel::const_float_map(scaled_query, n).norm()};
   }
 
-  /// s[i] = estimated product of the query with key first + i; no key is read.
-  void score(const prepared& p, index_t first, std::span<float> s) const noexcept {
-    index_t token = first;
-    for (std::size_t i = 0; i < s.size();) {
-      const index_t epoch_end = next_epoch(token);
-      const float base = dot_mean(p, token);
-      for (; i < s.size() && token < epoch_end; ++i, ++token) {
-        s[i] = scale_[static_cast<std::size_t>(token)] * product(p, token) + base;
-      }
-    }
-  }
-
- private:
   static constexpr int top = (1 << Bits) - 1;
   static constexpr unsigned mask = static_cast<unsigned>(top);
 
@@ -161,8 +170,7 @@ class key_codes {
 
   [[nodiscard]] float dot_mean(const prepared& p, index_t token) const noexcept {
     const auto n = static_cast<Eigen::Index>(width());
-    return kernel::const_float_map(p.query.data(), n)
-        .dot(kernel::const_float_map(means_.data() + epoch(token) * width(), n));
+    return kernel::const_float_map(p.query, n).dot(kernel::const_float_map(means_.data() + epoch(token) * width(), n));
   }
 
   [[nodiscard]] const std::uint8_t* code(index_t token) const noexcept {

@@ -1,0 +1,88 @@
+// Indices over keys: state that is built as a cache grows and scores it without reading it.
+#pragma once
+
+#include <cmath>
+#include <concepts>
+#include <span>
+
+#include "vattn/kv/query.hpp"
+#include "vattn/select/selector.hpp"
+
+namespace vattn {
+
+/// State of one KV head of one layer. Supply
+///   append(key row)               the next token's key; any grouping of appends gives the same state
+///   truncate(n), clear()          forget the tokens from n on (a rejected draft, a new sequence)
+///   size(), bytes()               tokens, memory
+///   scratch_size()                floats of scratch for one query
+///   score(scaled query, first, scores, errors, scratch) noexcept
+///                                 one score a token from `first` on, higher = read first; `errors` (empty
+///                                 unless `estimates`) receives error scales in logit units
+///   estimates                     the scores estimate the logits before cap, mask and position bias
+///   bound_over_error()            if estimates: no error exceeds this times its scale; inf if not known
+template <class I>
+concept key_index = requires(I& i, const I& c, std::span<const float> key, index_t n, std::span<float> out) {
+  i.append(key);
+  i.truncate(n);
+  i.clear();
+  { c.size() } -> std::convertible_to<index_t>;
+  { c.bytes() } -> std::convertible_to<std::size_t>;
+  { c.scratch_size() } -> std::convertible_to<std::size_t>;
+  { c.score(key.data(), n, out, out, out) }
+  noexcept;
+  { I::estimates } -> std::convertible_to<bool>;
+};
+
+/// Brings an index up to its head: call it after the engine has written keys. Returns the tokens appended.
+template <key_index I, kv_head Head>
+index_t append_from(I& index, const Head& head) {
+  const index_t before = index.size();
+  for (index_t token = before; token < head.size(); ++token) index.append(head.key(token));
+  return head.size() - before;
+}
+
+namespace select {
+
+/// A selector over indices, `heads[batch·n_kv_heads + head]`, one for each KV head of the cache that it is
+/// used with. They must hold every token that a query sees; `score` says not ok where one does not.
+template <key_index Index>
+struct indexed {
+  static constexpr bool estimates = Index::estimates;
+
+  std::span<const Index> heads;
+
+  [[nodiscard]] std::size_t scratch_size() const noexcept { return heads.empty() ? 0 : heads.front().scratch_size(); }
+
+  template <kv_head Head>
+  score_result score(const query_row<Head>& row, const population& tokens, const score_buffers& out) const noexcept {
+    const index_t n = tokens.size();
+    if (row.kv_head >= static_cast<index_t>(heads.size())) return {.ok = false};
+    const Index& index = heads[static_cast<std::size_t>(row.kv_head)];
+    if (n == 0) return {};
+    const index_t first = tokens[0], last = tokens[n - 1] + 1;
+    if (index.size() < last) return {.ok = false};
+    // Runs of consecutive tokens: one, unless a mask has cut the population.
+    for (index_t from = 0; from < n;) {
+      index_t to = last - first == n ? n : from + 1;
+      while (to < n && tokens[to] == tokens[to - 1] + 1) ++to;
+      const auto at = static_cast<std::size_t>(from), count = static_cast<std::size_t>(to - from);
+      index.score(row.scaled_query, tokens[from], out.scores.subspan(at, count),
+                  out.errors.empty() ? out.errors : out.errors.subspan(at, count), out.scratch);
+      from = to;
+    }
+    if constexpr (estimates) {
+      for (index_t j = 0; j < n; ++j) {
+        float& s = out.scores[static_cast<std::size_t>(j)];
+        s = row.transform(s, tokens[j]);
+      }
+    }
+    return {.ok = true, .kind = score_kind::ranking};
+  }
+
+  index_t heavy_count(const ranking& r, index_t n, const config& c) const noexcept {
+    return top_k<exact_logits>{}.heavy_count(r, n, c);
+  }
+};
+
+}  // namespace select
+}  // namespace vattn
