@@ -14,7 +14,7 @@ struct importance_shape {
   double pilot = 96;       ///< expected rows of the first look, besides the exact ones
   double tempered = 0.5;   ///< share of the weights that follow e^{βs}, not e^{s}
   double defensive = 0.1;  ///< weight, on top, that does not follow the score at all
-  double z = 2;            ///< standard errors by which the floor allows a score to be too low
+  double z = 2.75;         ///< standard errors by which the floor allows a score to be too low
   double kappa = 0.5;      ///< share of ε that one missed token at its floor may cost
 };
 
