@@ -22,6 +22,10 @@ inline void add_options(CLI::App& app, request& r) {
                                                  {"student", bound_kind::student},
                                                  {"bernstein", bound_kind::bernstein},
                                                  {"hoeffding", bound_kind::hoeffding}};
+  const std::map<std::string, selector_kind> selectors{{"exact", selector_kind::exact},
+                                                       {"codes", selector_kind::codes}};
+  const std::map<std::string, sampler_kind> samplers{{"uniform", sampler_kind::uniform},
+                                                     {"importance", sampler_kind::importance}};
   const std::map<std::string, error_scale> scales{{"output", error_scale::output}, {"rms", error_scale::rms}};
   const std::map<std::string, bool> kv_types{{"auto", false}, {"bf16", true}};
   // A name of a map, rather than CLI11's transformers: those accept the enumerators' numbers too.
@@ -62,6 +66,12 @@ inline void add_options(CLI::App& app, request& r) {
   choice("Method", "--method", r.how, methods, "dense|top-k|sample|vattention", "default vattention");
   choice("Method", "--target", r.target, targets, "output|denominator|numerator|sdpa",
          "what epsilon and delta promise; default output");
+  choice("Method", "--selector", r.selector, selectors, "exact|codes",
+         "what ranks the tokens: their logits and values (default), or quantised keys of --bits");
+  choice("Method", "--sampler", r.sampler, samplers, "uniform|importance",
+         "uniform: heavy tokens and a uniform rest (default); importance: by the scores and their error");
+  number("Method", "--bits", r.bits, "of a coordinate of a quantised key; default 4")
+      ->check(CLI::IsMember({1, 2, 4, 8}));
   choice("Method", "--error-scale", r.settings.scale, scales, "output|rms",
          "an output's error is relative to its norm (default) or to the rms of the attended values");
   choice("Method", "--bound", r.bound, bounds, "clt|student|bernstein|hoeffding",

@@ -40,7 +40,9 @@ template <bound B, class Selector, kv_head Head>
   const auto most = static_cast<index_t>(settings.max_density * static_cast<double>(n));
   const auto size = static_cast<std::size_t>(n);
   const std::span<float> scores = s.scores.first(size), errors = s.errors.first(size);
-  if (!selector.score(row, tokens, {scores, errors, s.value_centre, s.selector}).ok) return false;
+  const score_result scored = selector.score(row, tokens, {scores, errors, s.value_centre, s.selector});
+  s.lagging = scored.lagging;
+  if (!scored.ok) return false;
 
   // A token can move the output by x‖v − ô‖; a tenth of the mean distance stands for ô ≠ centre.
   const auto distance = select::value_distances(row.head, tokens, s.value_centre);

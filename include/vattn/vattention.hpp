@@ -82,6 +82,7 @@ class vattention {
     const auto most = static_cast<index_t>(settings_.max_density * static_cast<double>(n));
     const score_result scores =
         selector_.score(row, tokens, {s.scores.first(static_cast<std::size_t>(n)), {}, s.value_centre, s.selector});
+    s.lagging = scores.lagging;
     if (!scores.ok) return false;
     ranking order(s.scores, settings_.sinks, n - settings_.window, s.order);
     split want = target::first(n, order.size(), selector_.heavy_count(order, n, settings_), settings_);

@@ -170,3 +170,63 @@ TEST_CASE("a joint delta covers all heads of a call together", "[stat][joint]") 
   }
   CHECK(binomial_upper_tail(failed_calls, calls, 0.4) > false_alarm);
 }
+
+namespace {
+
+template <int Bits>
+void add_importance(std::vector<tested>& cells, const std::string& regime, const std::string& values, index_t n,
+                    error_scale scale) {
+  const problem<float> p(regime, values, n, 64, 19);
+  const indexed_problem index(p, sketch::key_codes<Bits>(64, 3));
+  const summary s =
+      run_cell<importance_policy>(p, index.selector(), promise(0.05, 0.1, scale), 50, 1000000 * cells.size());
+  cells.push_back({regime + "/" + values + "/bits=" + std::to_string(Bits), s.failures, s.draws, 0.1});
+}
+
+}  // namespace
+
+TEST_CASE("importance sampling: failures <= delta at 1, 2, 4 and 8 bits", "[stat][importance]") {
+  std::vector<tested> cells;
+  for (const std::string& regime : all_regimes()) {
+    for (const char* values : {"mean", "one_huge", "low_rank"}) {
+      add_importance<1>(cells, regime, values, 4096, error_scale::rms);
+      add_importance<4>(cells, regime, values, 4096, error_scale::rms);
+    }
+    add_importance<2>(cells, regime, "mean", 4096, error_scale::output);
+    add_importance<8>(cells, regime, "zero", 4096, error_scale::rms);
+  }
+  require_promise(cells);
+}
+
+TEST_CASE("importance sampling: scores that know that they are bad cost rows, not the promise", "[stat][importance]") {
+  std::vector<tested> cells;
+  for (const char* regime : {"gauss2", "needle", "spikes", "plateau"}) {
+    const problem<float> p(regime, "mean", 4096, 64, 23);
+    indexed_problem index(p, sketch::key_codes<8>(64, 3));
+    std::mt19937_64 random(5);
+    std::normal_distribution<float> normal;
+    for (std::size_t i = 0; i < index.scores().size(); ++i) {
+      index.scores()[i] += 2 * normal(random);
+      index.errors()[i] = 2;
+    }
+    const summary s = run_cell<importance_policy>(p, index.selector(), promise(0.1, 0.1), 60, 1000000 * cells.size());
+    cells.push_back({std::string("noisy scores/") + regime, s.failures, s.draws, 0.1});
+  }
+  require_promise(cells);
+}
+
+TEST_CASE("importance sampling: scores that lie about their error are caught by the rows that are read",
+          "[stat][importance]") {
+  const problem<float> p("gauss2", "mean", 4096, 64, 23);
+  indexed_problem index(p, sketch::key_codes<8>(64, 3));
+  std::mt19937_64 random(5);
+  std::normal_distribution<float> normal;
+  for (float& s : index.scores()) s += 2 * normal(random);  // a stale index: the errors stay as they were
+  long breaches = 0, exact = 0;
+  for_each_draw<importance_policy>(p, index.selector(), promise(0.1, 0.1), 20, 0, [&](const draw& d, const auto&) {
+    breaches += d.certified.breaches > 0;
+    exact += d.certified.exact();
+  });
+  CHECK(breaches == 20);
+  CHECK(exact == 20);
+}

@@ -32,7 +32,7 @@ struct basic_sampled_head {
         scaled(scale(p)),
         row{.head = p.cache().head(0, 0), .scaled_query = scaled.data()},
         scores(size(s.n)),
-        scored(select::exact_contributions{}.score(row, tokens, scores, value_centre)),
+        scored(select::exact_contributions{}.score(row, tokens, {scores, {}, value_centre, {}})),
         order(scores, steps.sinks, s.n - steps.window, ranks),
         sample(row, tokens, steps.sinks, steps.window, order,
                Sampler(static_cast<ordinal>(s.n), random_stream({steps.seed, 0, 0}, 0), table), drawn, moments) {

@@ -26,18 +26,19 @@ struct attention_result {
 
 /// What one worker needs for one query of one head.
 struct scratch {
-  std::span<float> query;           // [dk], scaled
-  std::span<float> output;          // [dv]
-  std::span<float> state, part;     // [dv]
-  std::span<float> centre, offset;  // [dv]
-  std::span<float> value_centre;    // [dv]
-  std::span<float> moments;         // residual_moments::storage_size(dv)
-  std::span<ordinal> visible;       // [n], with a mask
-  std::span<float> scores;          // [n]
-  std::span<ordinal> order;         // [n]
-  std::span<drawn_row> drawn;       // rows that may be sampled
-  std::span<std::uint64_t> table;   // sampler's
+  std::span<float> query;                     // [dk], scaled
+  std::span<float> output;                    // [dv]
+  std::span<float> state, part;               // [dv]
+  std::span<float> centre, offset;            // [dv]
+  std::span<float> value_centre;              // [dv]
+  std::span<float> moments;                   // residual_moments::storage_size(dv)
+  std::span<ordinal> visible;                 // [n], with a mask
+  std::span<float> scores;                    // [n]
+  std::span<ordinal> order;                   // [n]
+  std::span<drawn_row> drawn;                 // rows that may be sampled
+  std::span<std::uint64_t> table;             // sampler's
   std::span<float> selector;                  // selector's
+  bool lagging = false;                       // its index does not hold every visible token
   std::span<float> errors;                    // [n]; this and below: importance sampling's
   std::span<float> weights, floors, numbers;  // [n]
   std::span<weighted_row> weighted;           // rows that may be sampled
@@ -177,6 +178,7 @@ template <class Q, kv_cache KV, executor E, class Attend>
 
   const index_t tasks = q.extents[0] * n_queries * n_heads, group = n_heads / cache.n_kv_heads();
   std::atomic<index_t> failed{-1};
+  std::atomic<bool> lagging{false};
   exec.for_each(tasks, [&](index_t task, index_t worker) {
     const index_t h = task % n_heads, t = task / n_heads % n_queries, b = task / n_heads / n_queries;
     arena a(memory.memory().subspan(call_bytes(n_max, dk, dv, masked, sparse, worker) - workspace::alignment));
@@ -207,6 +209,7 @@ template <class Q, kv_cache KV, executor E, class Attend>
     const float lse = state.finish(s.output);
     finite = finite && std::isfinite(state.denominator()) && kernel::const_float_map(s.output.data(), dv).allFinite();
     if (!finite) {
+      if (s.lagging) lagging = true;
       // The lowest failing task, so that the message does not depend on the threads.
       for (index_t seen = failed.load(); (seen < 0 || task < seen) && !failed.compare_exchange_weak(seen, task);) {
       }
@@ -217,6 +220,12 @@ template <class Q, kv_cache KV, executor E, class Attend>
     if (result.certificates) result.certificates(b, t, h) = c;
   });
   if (const index_t task = failed.load(); task >= 0) {
+    if (lagging.load()) {
+      return status::error(
+          errc::invalid_argument,
+          "the selector's index has no state for a KV head or lacks its latest tokens: give one index for "
+          "each of batch x KV heads, and append the new keys before the call");
+    }
     return status::error(
         errc::non_finite,
         "a NaN or infinity was read, or a product overflowed float, for batch %lld, query %lld, head %lld: check q, "

@@ -56,11 +56,11 @@ struct indexed {
   template <kv_head Head>
   score_result score(const query_row<Head>& row, const population& tokens, const score_buffers& out) const noexcept {
     const index_t n = tokens.size();
-    if (row.kv_head >= static_cast<index_t>(heads.size())) return {.ok = false};
+    if (row.kv_head >= static_cast<index_t>(heads.size())) return {.ok = false, .lagging = true};
     const Index& index = heads[static_cast<std::size_t>(row.kv_head)];
     if (n == 0) return {};
     const index_t first = tokens[0], last = tokens[n - 1] + 1;
-    if (index.size() < last) return {.ok = false};
+    if (index.size() < last) return {.ok = false, .lagging = true};
     // Runs of consecutive tokens: one, unless a mask has cut the population.
     for (index_t from = 0; from < n;) {
       index_t to = last - first == n ? n : from + 1;

@@ -19,9 +19,11 @@ enum class score_kind : std::uint8_t {
   contribution,  ///< the score is log(x·sqrt(‖v − centre‖² + offset²)), shifted as the logit is, or more
 };
 
-/// Scores of one query's population. `ok` is false if a logit or a value was not finite.
+/// Scores of one query's population. `ok` is false if a logit or a value was not finite, or, with `lagging`,
+/// if the selector's own state does not hold every visible token.
 struct score_result {
   bool ok = true;
+  bool lagging = false;
   score_kind kind = score_kind::ranking;
   // Of score_kind::contribution. No value is further from any point p than
   // sqrt(‖v − centre‖² + offset²)·sqrt(1 + ‖p − centre‖²/offset²)   (Cauchy-Schwarz).

@@ -169,7 +169,7 @@ TEST_CASE("selectors say how many places they take, and of what kind their score
   settings.heavy = 0.05;
 
   const vattn::select::top_k<vattn::select::exact_logits> by_logit;
-  const auto scored = by_logit.score(row, tokens, scores, centre);
+  const auto scored = by_logit.score(row, tokens, {scores, {}, centre, {}});
   REQUIRE(scored.ok);
   CHECK(scored.kind == vattn::score_kind::logit);
   const auto want = vattn::reference::attend(p.exactly(), 0, 0, 0);
@@ -191,12 +191,12 @@ TEST_CASE("selectors say how many places they take, and of what kind their score
   CHECK(half < 500);
 
   const vattn::select::none nothing;
-  CHECK(nothing.score(row, tokens, scores, centre).kind == vattn::score_kind::ranking);
+  CHECK(nothing.score(row, tokens, {scores, {}, centre, {}}).kind == vattn::score_kind::ranking);
   CHECK(nothing.heavy_count(r, 1000, settings) == 0);
 
   // log(x·sqrt(‖v − c‖² + offset²))
   const vattn::select::exact_contributions contributions;
-  const auto contribution = contributions.score(row, tokens, scores, centre);
+  const auto contribution = contributions.score(row, tokens, {scores, {}, centre, {}});
   REQUIRE(contribution.ok);
   REQUIRE(contribution.kind == vattn::score_kind::contribution);
   REQUIRE(contribution.value_offset > 0);
@@ -209,6 +209,6 @@ TEST_CASE("selectors say how many places they take, and of what kind their score
   CHECK(worst < 1e-5);
 
   p.k[8 * 500] = not_a_number;
-  CHECK_FALSE(by_logit.score(row, tokens, scores, centre).ok);
-  CHECK_FALSE(contributions.score(row, tokens, scores, centre).ok);
+  CHECK_FALSE(by_logit.score(row, tokens, {scores, {}, centre, {}}).ok);
+  CHECK_FALSE(contributions.score(row, tokens, {scores, {}, centre, {}}).ok);
 }
