@@ -195,10 +195,10 @@ stopwatch scoring, judging;
 
 template <class Selector>
 struct timed_selector : Selector {
-  template <class... A>
-  score_result score(const A&... a) const noexcept {
+  template <class Row>
+  score_result score(const Row& row, const population& tokens, const score_buffers& out) const noexcept {
     const auto start = clock_type::now();
-    const score_result r = Selector::score(a...);
+    const score_result r = Selector::score(row, tokens, out);
     scoring.seconds += seconds_since(start);
     return r;
   }

@@ -185,7 +185,6 @@ void write_rows(std::ostream& out, const options& o, const std::vector<cell>& ce
 int judge(const std::vector<cell>& cells) {
   constexpr double false_alarm = 1e-3;
   long bad = 0;
-  double density = 0;
   std::map<std::pair<double, double>, std::pair<double, long>> by_promise;
   std::map<std::string, std::array<double, 3>> by_group;  // failures, expected at most, draws of a regime or head
   for (const cell& c : cells) {
@@ -194,7 +193,6 @@ int judge(const std::vector<cell>& cells) {
       std::cout << "FAILED " << c.regime << '/' << c.values << " n " << c.n << " epsilon " << c.epsilon << " delta "
                 << c.delta << ": " << c.s.failures << " of " << c.s.draws << " draws\n";
     }
-    density += c.s.density;
     auto& [sum, count] = by_promise[{c.epsilon, c.delta}];
     sum += c.s.density;
     ++count;
