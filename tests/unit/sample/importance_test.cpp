@@ -37,10 +37,10 @@ TEST_CASE("samples are nested and each growth is visited once", "[sample][import
   const setup s(2);
   std::set<index_t> in;
   double c = 0, lambda = 0;
-  for (const auto [next_c, next_lambda] : {std::pair{5.0, 0.0}, {5.0, 0.2}, {40.0, 0.2}, {1e9, 0.2}}) {
-    s.pi.enter(next_c, next_lambda, c, lambda, [&](index_t i) { CHECK(in.insert(i).second); });
-    c = next_c;
-    lambda = next_lambda;
+  for (const auto& next : {std::pair{5.0, 0.0}, {5.0, 0.2}, {40.0, 0.2}, {1e9, 0.2}}) {
+    s.pi.enter(next.first, next.second, c, lambda, [&](index_t i) { CHECK(in.insert(i).second); });
+    c = next.first;
+    lambda = next.second;
   }
   CHECK(in.size() == 380);  // everything is in at the end, nothing of the exact set is
 }
