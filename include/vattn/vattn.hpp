@@ -8,6 +8,7 @@
 #include "vattn/options.hpp"            // scale, masks, windows, sinks
 #include "vattn/select/selector.hpp"    // what is read exactly
 #include "vattn/select/index.hpp"       // what is known of keys without reading them
+#include "vattn/runtime/archive.hpp"    // what an index keeps, saved and loaded
 #include "vattn/sketch/codes.hpp"       // keys in a few bits
 #include "vattn/sample/uniform.hpp"     // what is drawn
 #include "vattn/estimate/residual.hpp"  // what the draw says

@@ -20,6 +20,8 @@ namespace vattn {
 ///                                 unless `estimates`) receives error scales in logit units
 ///   estimates                     the scores estimate the logits before cap, mask and position bias
 ///   bound_over_error()            if estimates: no error exceeds this times its scale; inf if not known
+///   upper_bounds                  optional, true if no logit (before cap, mask and bias) exceeds its score
+/// and, to be saved with the cache, archive(), format() and valid() of vattn/runtime/archive.hpp.
 template <class I>
 concept key_index = requires(I& i, const I& c, std::span<const float> key, index_t n, std::span<float> out) {
   i.append(key);
@@ -32,6 +34,15 @@ concept key_index = requires(I& i, const I& c, std::span<const float> key, index
   noexcept;
   { I::estimates } -> std::convertible_to<bool>;
 };
+
+template <class I>
+inline constexpr bool scores_bound_logits = [] {
+  if constexpr (requires { I::upper_bounds; }) {
+    return bool{I::upper_bounds};
+  } else {
+    return false;
+  }
+}();
 
 /// Brings an index up to its head: call it after the engine has written keys. Returns the tokens appended.
 template <key_index I, kv_head Head>
@@ -70,13 +81,13 @@ struct indexed {
                   out.errors.empty() ? out.errors : out.errors.subspan(at, count), out.scratch);
       from = to;
     }
-    if constexpr (estimates) {
+    if constexpr (estimates || scores_bound_logits<Index>) {
       for (index_t j = 0; j < n; ++j) {
         float& s = out.scores[static_cast<std::size_t>(j)];
         s = row.transform(s, tokens[j]);
       }
     }
-    return {.ok = true, .kind = score_kind::ranking};
+    return {.ok = true, .kind = scores_bound_logits<Index> ? score_kind::logit : score_kind::ranking};
   }
 
   index_t heavy_count(const ranking& r, index_t n, const config& c) const noexcept {

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <span>
+#include <string_view>
 #include <vector>
 
 #include "vattn/kernel/row.hpp"
@@ -97,6 +98,23 @@ class key_codes {
     }
   }
   void clear() { truncate(0); }
+
+  static constexpr std::string_view format() noexcept {
+    return Bits == 1   ? "key codes 1 v1"
+           : Bits == 2 ? "key codes 2 v1"
+           : Bits == 4 ? "key codes 4 v1"
+                       : "key codes 8 v1";
+  }
+  template <class Archive>
+  void archive(Archive& a) {
+    a(rotation_, row_bytes_, buffer_, sum_, codes_, scale_, residual_, means_);
+  }
+  [[nodiscard]] bool valid() const noexcept {
+    const std::size_t epochs = scale_.empty() ? 0 : epoch(size() - 1) + 1;
+    return rotation_.valid() && row_bytes_ == width() * Bits / 8 && buffer_.size() == width() &&
+           sum_.size() == width() && codes_.size() == scale_.size() * row_bytes_ && residual_.size() == scale_.size() &&
+           means_.size() == epochs * width();
+  }
 
   /// Residual norm ρ of a token's code.
   [[nodiscard]] float residual(index_t token) const noexcept { return residual_[static_cast<std::size_t>(token)]; }

@@ -22,6 +22,9 @@ class random_rotation {
   /// Coordinates after the rotation.
   [[nodiscard]] std::size_t width() const noexcept { return width_; }
 
+  /// For one that was read from bytes.
+  [[nodiscard]] bool valid() const noexcept { return dim_ <= (std::size_t{1} << 20) && width_ == std::bit_ceil(dim_); }
+
   /// In place: the first dim() of `x` [width()] are the input, the rest is overwritten.
   void apply(std::span<float> x) const noexcept {
     for (std::size_t j = dim_; j < width_; ++j) x[j] = 0;
