@@ -30,7 +30,8 @@ status fixed_budget(const tensor_view<const Q, 4>& q, const KV& cache, const att
   };
   const scratch::sparse_sizes sizes{.drawn = static_cast<std::size_t>(share(budget.sampled, longest_n)),
                                     .table = sampler::table_size(static_cast<ordinal>(longest_n)),
-                                    .sampled = true};
+                                    .sampled = true,
+                                    .ranked = true};
   const auto attend = [&](const auto& row, const population& tokens, const random_stream& stream, scratch& s,
                           softmax_state& state, certificate& c) {
     const index_t n = tokens.size();

@@ -2,7 +2,10 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <limits>
+#include <span>
 
 #include "vattn/estimate/exact.hpp"
 #include "vattn/estimate/weighted.hpp"
@@ -29,100 +32,122 @@ namespace vattn {
   return variance > 0 ? std::clamp(1 - double{*middle} * *middle / variance, 0.3, 1.0) : 1.0;
 }
 
-/// One query of one head: score -> probabilities -> sample -> estimate -> verify -> certify, until the
-/// estimate is verified and every token's floor is covered. False where a number is not finite.
-template <bound B, class Selector, kv_head Head>
-[[nodiscard]] bool attend_by_importance(const query_row<Head>& row, const population& tokens,
-                                        const random_stream& stream, const config& settings, const Selector& selector,
-                                        const sample::importance_shape& shape, scratch& s, softmax_state& state,
-                                        certificate& c) noexcept {
-  const index_t n = tokens.size(), fixed = settings.sinks + settings.window;
-  const auto most = static_cast<index_t>(settings.max_density * static_cast<double>(n));
-  const auto size = static_cast<std::size_t>(n);
-  const std::span<float> scores = s.scores.first(size), errors = s.errors.first(size);
-  const score_result scored = selector.score(row, tokens, {scores, errors, s.value_centre, s.selector});
-  s.lagging = scored.lagging;
-  if (!scored.ok) return false;
+/// Where the tokens of a call come from: all that a query sees, or a first phase's sample of them.
+struct sampling_frame {
+  index_t n = 0;                      ///< tokens that the query sees
+  std::span<const float> prior = {};  ///< [tokens], probability with which the first phase kept each
+  /// log of the λ e^{-reference} that the first phase's own floors had: a token that its score hid from that
+  /// phase is covered up to it.
+  double log_floor = std::numeric_limits<double>::infinity();
+};
 
-  // A token can move the output by x‖v − ô‖; a tenth of the mean distance stands for ô ≠ centre.
-  const auto distance = select::value_distances(row.head, tokens, s.value_centre);
-  double mean = 0;
-  for (index_t j = 0; j < n; ++j) mean += distance(tokens[j]) / static_cast<double>(n);
-  const auto value = [&](index_t j) { return distance(tokens[j]) + 0.1f * static_cast<float>(mean); };
-  sample::importance pi(s.weights, s.floors, s.numbers);
-  pi.prepare(scores, errors, value, settings.sinks, n - settings.window, tempering(scores, errors, s.numbers), shape,
-             stream);
+namespace detail {
 
-  softmax_state exact(s.offset), part(s.part);
-  add_sink(exact, row.sink_logit);
-  bool finite = accumulate_exact(
-      row, fixed, [&](index_t j) { return tokens[j < settings.sinks ? j : n - fixed + j]; }, exact, part, true);
+/// One head's part of a (shared) Poisson sample, and how far it has come.
+template <bound B>
+struct importance_head {
+  sample::importance pi;
+  softmax_state exact;
+  double share = 0, floor = 0, entered_share = 0, entered_floor = 0;
+  index_t breaches = 0;
+  bool done = false;
 
-  double share = shape.pilot, floor = 0, entered_share = 0, entered_floor = 0;
-  index_t count = 0, breaches = 0;
-  for (c.rounds = 1; finite && c.rounds <= settings.max_rounds; ++c.rounds) {
-    pi.enter(share, floor, entered_share, entered_floor, [&](index_t j) {
-      if (fixed + count >= most) return void(++count);
-      const float logit = row.logit(tokens[j]);
-      finite = finite && std::isfinite(logit);
-      const auto at = static_cast<std::size_t>(j);
-      // Rows are read anyway: they check what the scores say of themselves.
-      breaches += std::abs(logit - scores[at]) > 4 * errors[at] + 1e-3f * (1 + std::abs(logit));
-      s.weighted[static_cast<std::size_t>(count++)] = {static_cast<ordinal>(j), logit, 1, 0};
-    });
-    entered_share = share, entered_floor = floor;
-    c.breaches = breaches;
-    // Of honest scores one in 16000 is off by 4σ. More than that: they do not know their own error.
-    if (fixed + count >= most || breaches > 2 + count / 100) break;
-    if (!finite) return false;
+  [[nodiscard]] double wanted(index_t i) const noexcept { return pi.probability(i, share, floor); }
+  [[nodiscard]] double entered(index_t i) const noexcept { return pi.probability(i, entered_share, entered_floor); }
 
+  [[nodiscard]] static double squared_radius(double variance, double dimension, double dof, index_t rows,
+                                             double delta) noexcept {
+    sum_evidence y;
+    y.with_replacement = true;
+    y.population = 1;
+    y.variance = variance;
+    y.dimension = dimension;
+    y.dof = dof;
+    y.sampled = static_cast<double>(rows);
+    const double r = B::radius(y, 1, delta);
+    return r * r;
+  }
+
+  /// Scores, probabilities, and the rows that are read for certain. False: see head_task::ok.
+  template <class Selector, kv_head Head>
+  [[nodiscard]] bool begin(head_task<Head>& task, const Selector& selector, const config& settings,
+                           const sample::importance_shape& shape, const sampling_frame& frame) noexcept {
+    const population& tokens = task.tokens;
+    scratch& s = task.s;
+    const index_t n = tokens.size(), fixed = settings.sinks + settings.window;
+    const auto size = static_cast<std::size_t>(n);
+    const std::span<float> scores = s.scores.first(size), errors = s.errors.first(size);
+    const score_result scored = selector.score(task.row, tokens, {scores, errors, s.value_centre, s.selector});
+    s.lagging = scored.lagging;
+    if (!scored.ok) return false;
+
+    // A token can move the output by x‖v − ô‖; a tenth of the mean distance stands for ô ≠ centre.
+    const auto distance = select::value_distances(task.row.head, tokens, s.value_centre);
+    double mean = 0;
+    for (index_t j = 0; j < n; ++j) mean += distance(tokens[j]) / static_cast<double>(n);
+    const auto value = [&](index_t j) { return distance(tokens[j]) + 0.1f * static_cast<float>(mean); };
+    pi = sample::importance(s.weights, s.floors, frame.prior);
+    pi.prepare(scores, errors, value, settings.sinks, n - settings.window, tempering(scores, errors, s.spare), shape,
+               s.spare);
+    share = shape.pilot;
+
+    exact = softmax_state(s.offset);
+    softmax_state part(s.part);
+    add_sink(exact, task.row.sink_logit);
+    return accumulate_exact(
+        task.row, fixed, [&](index_t j) { return tokens[j < settings.sinks ? j : n - fixed + j]; }, exact, part, true);
+  }
+
+  /// Looks at the sample of `count` rows: done, or how much more is wanted. False: see head_task::ok.
+  template <kv_head Head, class Probability>
+  [[nodiscard]] bool look(head_task<Head>& task, index_t count, const config& settings,
+                          const sample::importance_shape& shape, const sampling_frame& frame,
+                          Probability&& probability) noexcept {
+    scratch& s = task.s;
+    certificate& c = task.c;
     const std::span<weighted_row> rows = s.weighted.first(static_cast<std::size_t>(count));
-    for (weighted_row& r : rows) r.probability = static_cast<float>(pi.probability(r.place, share, floor));
-    const weighted_estimate e = estimate_weighted(row, tokens, rows, exact, state, s.centre, s.moments, stream.fork(1));
+    for (weighted_row& r : rows) r.probability = static_cast<float>(probability(index_t{r.place}));
+    const weighted_estimate e =
+        estimate_weighted(task.row, task.tokens, rows, exact, task.state, s.centre, s.moments, task.stream.fork(1));
     if (!std::isfinite(e.denominator) || !std::isfinite(e.output2) || !std::isfinite(e.power)) return false;
 
     const double scale2 =
         settings.scale == error_scale::rms ? e.power : std::max(e.output2 - e.variance, e.output2 / 4);
-    const auto radius2 = [&](double variance, double dof) {
-      sum_evidence y;
-      y.with_replacement = true;
-      y.population = 1;
-      y.variance = variance;
-      y.dimension = e.dimension;
-      y.dof = dof;
-      y.sampled = static_cast<double>(count);
-      const double r = B::radius(y, 1, settings.delta);
-      return r * r;
-    };
-    const double error2 = radius2(e.variance, e.dof), goal2 = settings.epsilon * settings.epsilon * scale2;
+    const double error2 = squared_radius(e.variance, e.dimension, e.dof, count, settings.delta);
+    const double goal2 = settings.epsilon * settings.epsilon * scale2;
     // A token that is missed although it may weigh f must cost at most κ·ε·T.
-    const double needed = std::exp(pi.top() - e.reference) / (shape.kappa * std::sqrt(goal2) * e.denominator);
-    const bool verified = error2 <= goal2, covered = floor >= 0.8 * needed;
-    if (verified && covered) {
-      c.rows_exact = fixed + e.certain;
+    const double log_needed = -e.reference - std::log(shape.kappa * std::sqrt(goal2) * e.denominator);
+    const double needed = std::exp(pi.top() + log_needed);
+    const bool verified = error2 <= goal2;
+    task.log_floor = std::max(task.log_floor, log_needed);
+    if (verified && floor >= 0.8 * needed && frame.log_floor >= std::log(0.8) + log_needed) {
+      c.rows_exact = settings.sinks + settings.window + e.certain;
       c.rows_sampled = count - e.certain;
       c.budget = c.rows_sampled;
       c.epsilon_achieved = error2 > 0 ? std::sqrt(error2 / scale2) : 0;
-      c.denominator_error = std::sqrt(radius2(e.denominator_variance, e.dof));
+      c.denominator_error =
+          std::sqrt(squared_radius(e.denominator_variance, e.dimension, e.dof, count, settings.delta));
       c.coherence = e.power > 0 ? std::sqrt(e.output2 / e.power) : 0;
       c.promise = B::kind, c.bound = B::name;
       c.assumptions = "asymptotic, as stated by the bound; and the scores' stated errors are true";
-      return true;
+      return done = true;
     }
     floor = std::max(floor, needed);
-    if (verified) continue;
+    if (verified) return true;
     // The least share of which the sample itself predicts enough, with its rows standing for those to come:
     // V' = Σ (1 − π')/(π'π)‖Y‖², and Σt'² = Σ (1 − π')²/(π'³π)‖Y‖⁴ for the new ν₂.
     constexpr double aim = 0.96 * 0.96;
     const auto enough = [&](double next) {
       double variance = 0, fourth = 0;
       for (const weighted_row& r : rows) {
-        const double p = pi.probability(r.place, next, floor), y2 = static_cast<double>(r.spread);
-        const double t = (1 - p) / (p * static_cast<double>(r.probability)) * y2;
+        const double kept = static_cast<double>(r.probability), y2 = static_cast<double>(r.spread);
+        const double p = std::max(std::min(kept, 1.0), pi.probability(r.place, next, floor));
+        const double t = (1 - p) / (p * kept) * y2;
         variance += t;
         fourth += t * (1 - p) / (p * p) * y2;
       }
-      return radius2(variance, fourth > 0 ? 2 * variance * variance / fourth : e.dof) <= aim * goal2;
+      const double dof = fourth > 0 ? 2 * variance * variance / fourth : e.dof;
+      return squared_radius(variance, e.dimension, dof, count, settings.delta) <= aim * goal2;
     };
     double low = 1.1 * share, high = 4 * share;
     for (int i = 0; i < 8; ++i) {
@@ -130,9 +155,92 @@ template <bound B, class Selector, kv_head Head>
       (enough(middle) ? high : low) = middle;
     }
     share = high;
+    return true;
   }
-  if (!finite) return false;
-  return attend_exactly(row, tokens, s, state, c);
+};
+
+}  // namespace detail
+
+/// The heads of a group from one Poisson sample: score -> probabilities -> sample -> estimate -> verify ->
+/// certify, until each head is verified and every token's floor is covered. For a head that does not
+/// come to that, `not_done(task)` is called. Heads' tokens must be the same; `numbers` [tokens] are their permanent
+/// numbers.
+template <bound B, class Selector, kv_head Head, class NotDone>
+void sample_by_importance(head_group<Head>& group, const config& settings, const Selector& selector,
+                          const sample::importance_shape& shape, std::span<const float> numbers,
+                          const sampling_frame& frame, NotDone&& not_done) noexcept {
+  const population& tokens = group[0].tokens;
+  const index_t n = tokens.size(), fixed = settings.sinks + settings.window;
+  const auto most = static_cast<index_t>(settings.max_density * static_cast<double>(frame.n));
+  std::array<detail::importance_head<B>, static_cast<std::size_t>(max_shared)> heads{};
+  const auto each = [&](auto&& visit) {
+    for (index_t g = 0; g < group.size(); ++g) {
+      auto& head = heads[static_cast<std::size_t>(g)];
+      if (group[g].ok && !head.done) visit(head, group[g]);
+    }
+  };
+  each([&](auto& head, auto& task) { task.ok = head.begin(task, selector, settings, shape, frame); });
+
+  // The sample is for the heads together: each row with the largest probability that any of them gives it.
+  const auto wanted = [&](index_t i) {
+    double p = 0;
+    for (index_t g = 0; g < group.size(); ++g)
+      if (group[g].ok) p = std::max(p, heads[static_cast<std::size_t>(g)].wanted(i));
+    return p;
+  };
+  const auto entered = [&](index_t i) {
+    double p = 0;
+    for (index_t g = 0; g < group.size(); ++g)
+      if (group[g].ok) p = std::max(p, heads[static_cast<std::size_t>(g)].entered(i));
+    return p;
+  };
+  index_t count = 0;
+  bool full = false;
+  for (index_t round = 1; round <= settings.max_rounds && !full; ++round) {
+    for (index_t i = settings.sinks; i < n - settings.window && !full; ++i) {
+      const double u = static_cast<double>(numbers[static_cast<std::size_t>(i)]);
+      if (!(u < wanted(i)) || u < entered(i)) continue;
+      full = fixed + count + 1 >= most;
+      if (full) break;
+      for (index_t g = 0; g < group.size(); ++g) {
+        head_task<Head>& task = group[g];
+        auto& head = heads[static_cast<std::size_t>(g)];
+        if (!task.ok) continue;
+        const float logit = task.row.logit(tokens[i]);
+        task.ok = std::isfinite(logit);
+        const auto at = static_cast<std::size_t>(i);
+        // Rows are read anyway: they check what the scores say of themselves.
+        head.breaches += std::abs(logit - task.s.scores[at]) > 4 * task.s.errors[at] + 1e-3f * (1 + std::abs(logit));
+        task.s.weighted[static_cast<std::size_t>(count)] = {static_cast<ordinal>(i), logit, 1, 0};
+      }
+      ++count;
+    }
+    if (full) break;
+    for (auto& head : heads) head.entered_share = head.share, head.entered_floor = head.floor;
+    bool left = false;
+    each([&](auto& head, auto& task) {
+      task.c.rounds = round;
+      task.c.breaches = head.breaches;
+      // Of honest scores one in 16000 is off by 4σ. More than that: they do not know their own error.
+      if (head.breaches > 2 + count / 100) return;
+      task.ok = head.look(task, count, settings, shape, frame, entered);
+      left |= task.ok && !head.done;
+    });
+    if (!left) break;
+  }
+  each([&](auto&, auto& task) { not_done(task); });
+}
+
+/// Every head of the group by importance sampling, or exactly where that does not come to a verified end.
+template <bound B, class Selector, kv_head Head>
+void attend_by_importance(head_group<Head>& group, const config& settings, const Selector& selector,
+                          const sample::importance_shape& shape) noexcept {
+  head_task<Head>& first = group[0];
+  const index_t n = first.tokens.size();
+  sample::draw_numbers(first.s.numbers, settings.sinks, n - settings.window, first.stream);
+  sample_by_importance<B>(group, settings, selector, shape, first.s.numbers, {.n = n}, [&](head_task<Head>& task) {
+    task.ok = attend_exactly(task.row, task.tokens, task.s, task.state, task.c);
+  });
 }
 
 }  // namespace vattn

@@ -42,6 +42,8 @@ class mask_view {
 
   [[nodiscard]] explicit operator bool() const noexcept { return data_ != nullptr; }
   [[nodiscard]] const std::array<index_t, 4>& extents() const noexcept { return extents_; }
+  /// Heads see the same mask: none at all, or one that repeats.
+  [[nodiscard]] bool same_for_heads() const noexcept { return data_ == nullptr || strides_[1] == 0; }
   [[nodiscard]] line at(index_t batch, index_t head, index_t query) const noexcept {
     line l;
     if (data_ == nullptr) return l;

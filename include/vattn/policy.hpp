@@ -7,6 +7,7 @@
 #include "vattn/configuration.hpp"
 #include "vattn/sample/importance.hpp"
 #include "vattn/sample/uniform.hpp"
+#include "vattn/select/index.hpp"
 #include "vattn/select/selector.hpp"
 
 namespace vattn {
@@ -21,6 +22,14 @@ struct default_policy {
   using sampler = sample::uniform_without_replacement;
   using bound = budget::clt;
   using target = budget::output;
+};
+
+/// A guarantee with nothing asymptotic in it, from an index whose errors are bounded: codes of 4 bits or more.
+template <key_index Index>
+struct certified_policy : default_policy {
+  using selector = select::hard_bounds<Index>;
+  using sampler = sample::by_importance;
+  using bound = budget::bernstein;
 };
 
 /// The paper's algorithm: ranking by logits, pilot, one budget from the pilot.
@@ -56,10 +65,15 @@ concept samples_uniformly = uniform_sampler<typename P::sampler>;
 template <class P>
 concept samples_by_importance = importance_sampler<typename P::sampler> && P::selector::estimates &&
                                 P::bound::kind == guarantee::asymptotic&& P::target::kind == target_kind::output;
+/// Certified: by importance from upper bounds of the logits, with a bound that holds at finite n.
+template <class P>
+concept samples_by_hard_bounds = importance_sampler<typename P::sampler> && scores_bound_logits<typename P::selector> &&
+                                 P::bound::kind == guarantee::finite_sample&& P::target::kind == target_kind::output;
 
 template <class P>
-concept attention_policy = (samples_uniformly<P> || samples_by_importance<P>)&&bound<typename P::bound>&& target_for<
-    typename P::target, typename P::bound>&& selector_for<typename P::selector, query_row<detail::any_head>>;
+concept attention_policy = (samples_uniformly<P> || samples_by_importance<P> || samples_by_hard_bounds<P>)&&bound<
+    typename P::bound>&& target_for<typename P::target, typename P::bound>&& selector_for<typename P::selector,
+                                                                                          query_row<detail::any_head>>;
 
 /// Configurations of the paper's experiments (section 5 and appendix of arXiv 2510.05688): sinks 128,
 /// window 128, heavy share and base rate in the ranges it gives, ε = δ. Use with verified_denominator,

@@ -3,9 +3,11 @@
 
 #include <utility>
 
+#include "vattn/certified_attention.hpp"
 #include "vattn/exact_attention.hpp"
 #include "vattn/importance_attention.hpp"
 #include "vattn/policy.hpp"
+#include "vattn/two_phase_attention.hpp"
 
 namespace vattn {
 
@@ -39,7 +41,7 @@ class vattention {
   /// Bytes of workspace for sequences of at most n tokens.
   [[nodiscard]] std::size_t workspace_bytes(index_t n, index_t dk, index_t dv, bool masked = false,
                                             index_t workers = 1) const noexcept {
-    return call_bytes(n, dk, dv, masked, sizes(n), workers);
+    return call_bytes(n, dk, dv, masked, sizes(n, dv), workers);
   }
 
   template <class Q, kv_cache KV, executor E = serial_executor>
@@ -52,36 +54,51 @@ class vattention {
     if (settings_.joint)
       each.settings_.delta /= static_cast<double>(
           std::max<index_t>(1, result.output.extents[0] * result.output.extents[1] * result.output.extents[2]));
-    return for_each_query(
-        q, cache, options, result, memory, key, exec, sizes(longest(cache)),
-        [&each](const auto& row, const population& tokens, const random_stream& stream, scratch& s,
-                softmax_state& state, certificate& c) { return each.attend(row, tokens, stream, s, state, c); });
+    scratch::sparse_sizes sparse = sizes(longest(cache), cache.dv());
+    sparse.shared = std::clamp<index_t>(q.extents[2] / cache.n_kv_heads(), 1, sparse.shared);
+    return for_each_group(q, cache, options, result, memory, key, exec, sparse,
+                          [&each](auto& heads) { each.attend(heads); });
   }
 
  private:
-  // One query of one head. View -> select -> sample -> estimate -> judge -> certify.
+  // The heads of a group, together where one sample serves them all; else this is called with one at a time.
   template <kv_head Head>
-  [[nodiscard]] bool attend(const query_row<Head>& row, const population& tokens, const random_stream& stream,
-                            scratch& s, softmax_state& state, certificate& c) const noexcept {
-    const index_t n = tokens.size(), fixed = settings_.sinks + settings_.window;
-    const auto most = static_cast<index_t>(settings_.max_density * static_cast<double>(n));
-    c.epsilon = settings_.epsilon, c.delta = settings_.delta, c.scale = settings_.scale, c.target = target::kind;
-    if (fixed + settings_.min_sample >= most) return attend_exactly(row, tokens, s, state, c);
-
-    if constexpr (importance_sampler<sampler>) {
-      return attend_by_importance<bound>(row, tokens, stream, settings_, selector_, sampler::shape, s, state, c);
+  void attend(head_group<Head>& heads) const noexcept {
+    bool sparse = false;
+    for (index_t g = 0; g < heads.size(); ++g) {
+      head_task<Head>& task = heads[g];
+      certificate& c = task.c;
+      c.epsilon = settings_.epsilon, c.delta = settings_.delta, c.scale = settings_.scale, c.target = target::kind;
+      if (settings_.sinks + settings_.window + settings_.min_sample >= max_rows(c.n)) {
+        task.ok = task.ok && attend_exactly(task.row, task.tokens, task.s, task.state, c);
+      } else {
+        sparse = true;  // for all of them: they see the same tokens
+      }
+    }
+    if (!sparse) return;
+    if constexpr (!importance_sampler<sampler>) {
+      head_task<Head>& task = heads[0];
+      task.ok = task.ok && attend_uniformly(task.row, task.tokens, task.stream, task.s, task.state, task.c);
+    } else if constexpr (bound::kind == guarantee::finite_sample) {
+      heads[0].ok = heads[0].ok && attend_certified(heads[0], settings_, selector_);
+    } else if constexpr (two_phases) {
+      attend_in_two_phases<bound>(heads, settings_, selector_, sampler::shape, sampler::widening);
     } else {
-      return attend_uniformly(row, tokens, stream, s, state, c);
+      attend_by_importance<bound>(heads, settings_, selector_, sampler::shape);
     }
   }
 
+  [[nodiscard]] index_t max_rows(index_t n) const noexcept {
+    return static_cast<index_t>(settings_.max_density * static_cast<double>(n));
+  }
+
+  // One query of one head. View -> select -> sample -> estimate -> judge -> certify.
   template <kv_head Head>
   [[nodiscard]] bool attend_uniformly(const query_row<Head>& row, const population& tokens, const random_stream& stream,
                                       scratch& s, softmax_state& state, certificate& c) const noexcept {
-    const index_t n = tokens.size(), fixed = settings_.sinks + settings_.window;
-    const auto most = static_cast<index_t>(settings_.max_density * static_cast<double>(n));
-    const score_result scores =
-        selector_.score(row, tokens, {s.scores.first(static_cast<std::size_t>(n)), {}, s.value_centre, s.selector});
+    const index_t n = tokens.size(), fixed = settings_.sinks + settings_.window, most = max_rows(n);
+    const score_result scores = selector_.score(
+        row, tokens, {s.scores.first(static_cast<std::size_t>(n)), s.errors, s.value_centre, s.selector});
     s.lagging = scores.lagging;
     if (!scores.ok) return false;
     ranking order(s.scores, settings_.sinks, n - settings_.window, s.order);
@@ -150,12 +167,23 @@ class vattention {
     return false;
   }
 
-  [[nodiscard]] scratch::sparse_sizes sizes(index_t n) const noexcept {
+  static constexpr bool shares_sample = requires { requires sampler::shared; };
+  static constexpr bool two_phases = requires { requires sampler::two_phases; };
+
+  [[nodiscard]] scratch::sparse_sizes sizes(index_t n, index_t dv) const noexcept {
     const auto most = static_cast<std::size_t>(std::ceil(settings_.max_density * static_cast<double>(n)));
     scratch::sparse_sizes sizes{.selector = selector_scratch(selector_), .sampled = true};
+    sizes.errors = importance_sampler<sampler> || requires { requires selector::wants_errors; };
     if constexpr (importance_sampler<sampler>) {
       sizes.weighted = most;
+      if constexpr (two_phases) sizes.candidates = most;
+      if constexpr (shares_sample) sizes.shared = max_shared;
+      if constexpr (bound::kind == guarantee::finite_sample) {
+        sizes.ranked = true;
+        sizes.matrix = 2 * static_cast<std::size_t>(dv) * static_cast<std::size_t>(dv);
+      }
     } else {
+      sizes.ranked = true;
       sizes.drawn = most;
       sizes.table = sampler::table_size(static_cast<ordinal>(n));
     }

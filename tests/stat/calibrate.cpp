@@ -28,7 +28,7 @@ struct options {
   long draws = 200;
   std::uint64_t seed = 1;
   int threads = 1;
-  std::string type = "float", target = "output", bound = "clt", csv, real;
+  std::string type = "float", target = "output", bound = "clt", mode = "importance", csv, real;
   index_t sinks = 128, window = 128;
 };
 
@@ -130,6 +130,13 @@ summary run_target(const problem<T>& p, const options& o, const config& c, std::
 template <kernel::element T, int Bits>
 summary run_importance(const problem<T>& p, const options& o, const config& c, std::uint64_t seed) {
   const indexed_problem index(p, sketch::key_codes<Bits>(p.dk(), o.seed));
+  if (o.mode == "certified") return run_cell<certified_test_policy>(p, index.bounds(), c, o.draws, seed);
+  if (o.mode == "two-phase") {
+    const indexed_problem coarse(p, sketch::key_codes<1>(p.dk(), o.seed));
+    remembered_phases phases;
+    phases.coarse = coarse.selector(), phases.fine = index.selector();
+    return run_cell<two_phase_policy>(p, phases, c, o.draws, seed);
+  }
   return run_cell<importance_policy>(p, index.selector(), c, o.draws, seed);
 }
 
@@ -251,6 +258,9 @@ int main(int argc, char** argv) {
   app.add_option("--bits", o.bits,
                  "importance sampling from key codes of 1, 2, 4 or 8 bits; 0 = uniform sampling, exact ranking")
       ->check(CLI::IsMember({0, 1, 2, 4, 8}))
+      ->capture_default_str();
+  app.add_option("--mode", o.mode, "with --bits: two-phase scans codes of 1 bit first; certified is finite-sample")
+      ->check(CLI::IsMember({"importance", "two-phase", "certified"}))
       ->capture_default_str();
   app.add_option("--sinks", o.sinks)->capture_default_str();
   app.add_option("--window", o.window)->capture_default_str();

@@ -44,8 +44,11 @@ struct remembered_estimates {
 
   template <class Row>
   score_result score(const Row&, const population& tokens, const score_buffers& out) const noexcept {
-    std::copy_n(scores->data(), tokens.size(), out.scores.data());
-    if (!out.errors.empty()) std::copy_n(errors->data(), tokens.size(), out.errors.data());
+    for (index_t j = 0; j < tokens.size(); ++j) {
+      const auto to = static_cast<std::size_t>(j), from = static_cast<std::size_t>(tokens[j]);
+      out.scores[to] = (*scores)[from];
+      if (!out.errors.empty()) out.errors[to] = (*errors)[from];
+    }
     return {};
   }
   index_t heavy_count(const ranking& r, index_t n, const config& c) const noexcept {
@@ -56,6 +59,35 @@ struct remembered_estimates {
 struct importance_policy : default_policy {
   using selector = remembered_estimates;
   using sampler = sample::by_importance;
+};
+
+/// As select::two_phase.
+struct remembered_phases : remembered_estimates {
+  remembered_estimates coarse, fine;
+};
+struct two_phase_policy : default_policy {
+  using selector = remembered_phases;
+  using sampler = sample::in_two_phases;
+};
+
+/// As select::hard_bounds: scores plus `times` their errors.
+struct remembered_bounds : remembered_estimates {
+  static constexpr bool upper_bounds = true;
+  float times = 0;
+
+  template <class Row>
+  score_result score(const Row&, const population& tokens, const score_buffers& out) const noexcept {
+    for (index_t j = 0; j < tokens.size(); ++j) {
+      const auto from = static_cast<std::size_t>(tokens[j]);
+      out.scores[static_cast<std::size_t>(j)] = (*scores)[from] + times * (*errors)[from];
+    }
+    return {.kind = score_kind::logit};
+  }
+};
+struct certified_test_policy : default_policy {
+  using selector = remembered_bounds;
+  using sampler = sample::by_importance;
+  using bound = budget::bernstein;
 };
 
 /// A single-head problem in element type T with its exact answer in double precision.
@@ -260,6 +292,11 @@ class indexed_problem {
 
   [[nodiscard]] const Index& index() const { return index_; }
   [[nodiscard]] remembered_estimates selector() const { return {&scores_, &errors_}; }
+  [[nodiscard]] remembered_bounds bounds() const {
+    remembered_bounds b;
+    b.scores = &scores_, b.errors = &errors_, b.times = index_.bound_over_error();
+    return b;
+  }
   [[nodiscard]] std::vector<float>& scores() { return scores_; }
   [[nodiscard]] std::vector<float>& errors() { return errors_; }
 

@@ -2,6 +2,7 @@
 #include <cstdio>
 
 #include "stat/binomial.hpp"
+#include "stat/cells.hpp"
 #include "stat/experiment.hpp"
 #include "support/catch.hpp"
 
@@ -9,49 +10,6 @@ namespace {
 
 using namespace vattn;
 using namespace vattn::stat;
-
-// Chance of a false alarm in a whole test case; each of its cells gets an equal part (Bonferroni).
-constexpr double false_alarm = 1e-4;
-
-struct tested {
-  std::string name;
-  long failures = 0, draws = 0;
-  double delta = 0;
-};
-
-// Every cell alone (corrected for their number), and all cells of one δ together: a single bad cell
-// shows in the first, a small excess everywhere in the second. Cells use seeds of their own.
-void require_promise(const std::vector<tested>& cells) {
-  REQUIRE_FALSE(cells.empty());
-  for (const tested& c : cells) {
-    INFO(c.name << ": " << c.failures << " of " << c.draws << " draws failed at delta " << c.delta);
-    CHECK(binomial_upper_tail(c.failures, c.draws, c.delta) > false_alarm / static_cast<double>(cells.size()));
-  }
-  for (const double delta : {0.05, 0.1, 0.2}) {
-    long failures = 0, draws = 0;
-    for (const tested& c : cells) {
-      if (c.delta != delta) continue;
-      failures += c.failures;
-      draws += c.draws;
-    }
-    INFO("all cells at delta " << delta << ": " << failures << " of " << draws);
-    CHECK(binomial_upper_tail(failures, draws, delta) > false_alarm);
-  }
-}
-
-std::vector<std::string> all_regimes() {
-  std::vector<std::string> names = synthetic::standard_regimes();
-  names.insert(names.end(), synthetic::hostile_regimes().begin(), synthetic::hostile_regimes().end());
-  return names;
-}
-
-config promise(double epsilon, double delta, error_scale scale = error_scale::output) {
-  config c;
-  c.epsilon = epsilon;
-  c.delta = delta;
-  c.scale = scale;
-  return c;
-}
 
 template <class Policy, kernel::element T>
 void add_cells(std::vector<tested>& cells, const std::string& regime, const std::string& values, index_t n, index_t dim,

@@ -12,12 +12,12 @@
 
 namespace vattn::synthetic {
 
-/// One KV head and one query whose logits scale·q·k_i, scale = 1/sqrt(dim), are those of the regime.
+/// One KV head, and queries whose logits scale·q·k_i, scale = 1/sqrt(dim), are those of the regime.
 struct cache {
-  std::int64_t n = 0, dim = 0;
-  std::vector<float> q;       // [dim]
+  std::int64_t n = 0, dim = 0, heads = 1;
+  std::vector<float> q;       // [heads, dim]
   std::vector<float> k, v;    // [n, dim]
-  std::vector<float> logits;  // [n]
+  std::vector<float> logits;  // [heads, n]
   [[nodiscard]] float scale() const { return 1 / std::sqrt(static_cast<float>(dim)); }
 };
 
@@ -134,39 +134,64 @@ inline std::vector<float> make_values(std::string_view kind, const std::vector<f
   return v;
 }
 
-/// Keys whose component along q is the logit and whose rest is noise orthogonal to q.
+/// What the heads of a group have in common.
+enum class heads_are : std::uint8_t { independent, alike };  // alike: the first head's logits + 0.1·N(0, 1)
+
+/// Keys whose components along the queries, which are orthogonal, are the logits and whose rest is noise
+/// orthogonal to them. heads <= dim.
 inline cache make_cache(std::string_view regime, std::string_view values, std::int64_t n, std::int64_t dim,
-                        std::uint64_t seed) {
+                        std::uint64_t seed, std::int64_t heads = 1, heads_are kind = heads_are::independent) {
+  if (heads < 1 || heads > dim) throw std::invalid_argument("a cache of head size d has 1 to d orthogonal queries");
   std::mt19937_64 random(seed * 0x9E3779B97F4A7C15u + 1);
   std::normal_distribution<float> normal;
   cache c;
   c.n = n;
   c.dim = dim;
+  c.heads = heads;
   c.logits = make_logits(regime, n, random);
-  const auto d = static_cast<std::size_t>(dim);
-  c.q.resize(d);
-  std::vector<float> unit(d);
-  double norm2 = 0;
-  for (float& x : unit) {
-    x = normal(random);
-    norm2 += static_cast<double>(x) * x;
-  }
-  for (std::size_t j = 0; j < d; ++j) {
-    unit[j] /= static_cast<float>(std::sqrt(norm2));
-    c.q[j] = unit[j] * std::sqrt(static_cast<float>(dim));  // scale·q is then the unit vector
-  }
-  c.k.resize(static_cast<std::size_t>(n) * d);
-  for (std::size_t i = 0; i < static_cast<std::size_t>(n); ++i) {
-    float* row = c.k.data() + i * d;
-    double along = 0;
-    for (std::size_t j = 0; j < d; ++j) {
-      row[j] = normal(random);
-      along += static_cast<double>(row[j]) * unit[j];
+  const auto d = static_cast<std::size_t>(dim), count = static_cast<std::size_t>(n);
+  for (std::int64_t h = 1; h < heads; ++h) {
+    std::vector<float> l(c.logits.begin(), c.logits.begin() + n);
+    if (kind == heads_are::alike) {
+      for (float& x : l) x += 0.1f * normal(random);
+    } else {
+      l = make_logits(regime, n, random);
     }
-    for (std::size_t j = 0; j < d; ++j) row[j] += static_cast<float>(c.logits[i] - along) * unit[j];
+    c.logits.insert(c.logits.end(), l.begin(), l.end());
+  }
+  c.q.resize(static_cast<std::size_t>(heads) * d);
+  std::vector<float> units(c.q.size());
+  for (std::size_t h = 0; h < static_cast<std::size_t>(heads); ++h) {
+    float* unit = units.data() + h * d;
+    for (std::size_t j = 0; j < d; ++j) unit[j] = normal(random);
+    for (std::size_t g = 0; g < h; ++g) {
+      double along = 0;
+      for (std::size_t j = 0; j < d; ++j) along += static_cast<double>(unit[j]) * units[g * d + j];
+      for (std::size_t j = 0; j < d; ++j) unit[j] -= static_cast<float>(along) * units[g * d + j];
+    }
+    double norm2 = 0;
+    for (std::size_t j = 0; j < d; ++j) norm2 += static_cast<double>(unit[j]) * unit[j];
+    for (std::size_t j = 0; j < d; ++j) {
+      unit[j] /= static_cast<float>(std::sqrt(norm2));
+      c.q[h * d + j] = unit[j] * std::sqrt(static_cast<float>(dim));  // scale·q is then the unit vector
+    }
+  }
+  c.k.resize(count * d);
+  std::vector<double> along(static_cast<std::size_t>(heads));
+  for (std::size_t i = 0; i < count; ++i) {
+    float* row = c.k.data() + i * d;
+    for (std::size_t j = 0; j < d; ++j) row[j] = normal(random);
+    for (std::size_t h = 0; h < along.size(); ++h) {
+      along[h] = 0;
+      for (std::size_t j = 0; j < d; ++j) along[h] += static_cast<double>(row[j]) * units[h * d + j];
+    }
+    for (std::size_t h = 0; h < along.size(); ++h) {
+      for (std::size_t j = 0; j < d; ++j)
+        row[j] += static_cast<float>(c.logits[h * count + i] - along[h]) * units[h * d + j];
+    }
     if (regime == "duplicates" && i >= 16) std::copy_n(c.k.data() + (i % 16) * d, d, row);
   }
-  c.v = make_values(values, c.logits, dim, random);
+  c.v = make_values(values, std::vector<float>(c.logits.begin(), c.logits.begin() + n), dim, random);
   return c;
 }
 

@@ -17,6 +17,7 @@ enum class guarantee : std::uint8_t {
   none,           ///< no statement (top-k alone, windows alone)
   asymptotic,     ///< holds as the sample grows; relies on the sample having seen the tails
   finite_sample,  ///< holds at this sample size, given ranges that are known
+  deterministic,  ///< certain: known bounds make all unread tokens negligible
   exact,          ///< every row was read
 };
 

@@ -66,6 +66,8 @@ struct certificate {
       return "asymptotic";
     case guarantee::finite_sample:
       return "finite-sample";
+    case guarantee::deterministic:
+      return "deterministic";
     case guarantee::exact:
       return "exact";
     default:

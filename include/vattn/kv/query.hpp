@@ -63,6 +63,10 @@ class population {
     list_ = storage.data();
   }
 
+  /// The tokens of `list`, ascending.
+  explicit population(std::span<const ordinal> list) noexcept
+      : size_(static_cast<index_t>(list.size())), list_(list.data()) {}
+
   [[nodiscard]] index_t size() const noexcept { return size_; }
   /// Token (row of the cache) at place j of the population.
   [[nodiscard]] index_t operator[](index_t j) const noexcept { return list_ ? index_t{list_[j]} : first_ + j; }

@@ -2,9 +2,12 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
+#include <optional>
 #include <span>
+#include <utility>
 
 #include "vattn/certify/certificate.hpp"
 #include "vattn/estimate/residual.hpp"
@@ -39,14 +42,22 @@ struct scratch {
   std::span<std::uint64_t> table;             // sampler's
   std::span<float> selector;                  // selector's
   bool lagging = false;                       // its index does not hold every visible token
-  std::span<float> errors;                    // [n]; this and below: importance sampling's
-  std::span<float> weights, floors, numbers;  // [n]
+  std::span<float> errors;                    // [n], of the scores
+  std::span<float> matrix;                    // [2, dv, dv]
+  std::span<float> weights, floors, numbers;  // [n], importance sampling's
+  std::span<float> spare;                     // [n]
   std::span<weighted_row> weighted;           // rows that may be sampled
+  // Tokens that a first phase may keep: probability, permanent number, and what it knew of them.
+  std::span<float> prior, kept_numbers, coarse_scores, coarse_errors;
 
   /// What sparse attention needs beyond exact attention, for n tokens.
   struct sparse_sizes {
-    std::size_t drawn = 0, table = 0, weighted = 0, selector = 0;
+    std::size_t drawn = 0, table = 0, weighted = 0, candidates = 0, selector = 0;
     bool sampled = false;
+    bool ranked = false;     // tokens are put in order
+    bool errors = false;     // scores come with error scales
+    std::size_t matrix = 0;  // dv², twice, where a second moment is kept whole
+    index_t shared = 1;      // heads of a group that are attended together, at most max_shared
   };
 
   [[nodiscard]] static scratch take(arena& a, index_t n, index_t dk, index_t dv, bool masked,
@@ -64,16 +75,22 @@ struct scratch {
     s.value_centre = a.take<float>(width);
     s.moments = a.take<float>(residual_moments::storage_size(dv));
     s.scores = a.take<float>(tokens);
-    s.order = a.take<ordinal>(tokens);
+    s.order = a.take<ordinal>(sparse.ranked || sparse.candidates > 0 ? tokens : 0);
     s.drawn = a.take<drawn_row>(sparse.drawn);
     s.table = a.take<std::uint64_t>(sparse.table);
     s.selector = a.take<float>(sparse.selector);
+    s.errors = a.take<float>(sparse.errors ? tokens : 0);
+    s.matrix = a.take<float>(sparse.matrix);
     if (sparse.weighted == 0) return s;
-    s.errors = a.take<float>(tokens);
     s.weights = a.take<float>(tokens);
     s.floors = a.take<float>(tokens);
     s.numbers = a.take<float>(tokens);
+    s.spare = a.take<float>(tokens);
     s.weighted = a.take<weighted_row>(sparse.weighted);
+    s.prior = a.take<float>(sparse.candidates);
+    s.kept_numbers = a.take<float>(sparse.candidates);
+    s.coarse_scores = a.take<float>(sparse.candidates);
+    s.coarse_errors = a.take<float>(sparse.candidates);
     return s;
   }
 };
@@ -156,18 +173,48 @@ template <class Q, kv_cache KV>
   return {};
 }
 
-/// Bytes that `for_each_query` takes from the workspace: the dry run of the same code.
+/// Heads of a group that share a sample. Larger groups are cut.
+inline constexpr index_t max_shared = 8;
+
+/// One query of one head: what it asks, what it may use, and what becomes of it.
+template <kv_head Head>
+struct head_task {
+  query_row<Head> row;
+  population tokens;
+  random_stream stream;
+  scratch s;
+  softmax_state state{};
+  certificate c{};
+  bool ok = true;  ///< false: it met a number that is not finite, or an index that lags
+  double log_floor = -std::numeric_limits<double>::infinity();  ///< see sampling_frame
+};
+
+/// Heads of one KV head that see the same tokens; 1 to max_shared of them.
+template <kv_head Head>
+class head_group {
+ public:
+  void push(head_task<Head>&& task) noexcept { tasks_[static_cast<std::size_t>(size_++)].emplace(std::move(task)); }
+  [[nodiscard]] index_t size() const noexcept { return size_; }
+  [[nodiscard]] head_task<Head>& operator[](index_t g) noexcept { return *tasks_[static_cast<std::size_t>(g)]; }
+
+ private:
+  std::array<std::optional<head_task<Head>>, static_cast<std::size_t>(max_shared)> tasks_{};
+  index_t size_ = 0;
+};
+
+/// Bytes that `for_each_group` takes from the workspace: the dry run of the same code.
 [[nodiscard]] inline std::size_t call_bytes(index_t n, index_t dk, index_t dv, bool masked,
                                             const scratch::sparse_sizes& sparse, index_t workers) noexcept {
   arena count;
-  for (index_t w = 0; w < workers; ++w) static_cast<void>(scratch::take(count, n, dk, dv, masked, sparse));
+  for (index_t w = 0; w < workers * sparse.shared; ++w)
+    static_cast<void>(scratch::take(count, n, dk, dv, masked, sparse));
   return count.used() + workspace::alignment;
 }
 
-/// Calls `attend(row, tokens, stream, scratch, state, certificate) -> bool` for every query and head and
-/// writes what it leaves in `state`. It returns false where it met a number that is not finite.
+/// Calls `attend(head_group&)` for every query and KV head, with up to `sparse.shared` query heads at a time,
+/// and writes what it leaves in their states and certificates.
 template <class Q, kv_cache KV, executor E, class Attend>
-[[nodiscard]] status for_each_query(const tensor_view<const Q, 4>& q, const KV& cache, const attention_options& options,
+[[nodiscard]] status for_each_group(const tensor_view<const Q, 4>& q, const KV& cache, const attention_options& options,
                                     const attention_result& result, workspace& memory, const draw_key& key, E& exec,
                                     const scratch::sparse_sizes& sparse, Attend&& attend) noexcept {
   const index_t n_queries = q.extents[1], n_heads = q.extents[2], dk = q.extents[3];
@@ -176,50 +223,65 @@ template <class Q, kv_cache KV, executor E, class Attend>
   const std::size_t bytes = call_bytes(n_max, dk, dv, masked, sparse, workers);
   if (status s = memory.reserve(bytes); !s) return s;
 
-  const index_t tasks = q.extents[0] * n_queries * n_heads, group = n_heads / cache.n_kv_heads();
+  const index_t group = n_heads / cache.n_kv_heads();
+  const index_t shared = std::min(options.mask.same_for_heads() ? sparse.shared : 1, std::max<index_t>(1, group));
+  const index_t parts = group > 0 ? (group + shared - 1) / shared : 0;
+  const index_t tasks = q.extents[0] * n_queries * cache.n_kv_heads() * parts;
   std::atomic<index_t> failed{-1};
   std::atomic<bool> lagging{false};
   exec.for_each(tasks, [&](index_t task, index_t worker) {
-    const index_t h = task % n_heads, t = task / n_heads % n_queries, b = task / n_heads / n_queries;
+    const index_t part = task % parts, kv = task / parts % cache.n_kv_heads();
+    const index_t t = task / parts / cache.n_kv_heads() % n_queries, b = task / parts / cache.n_kv_heads() / n_queries;
+    const index_t first_head = kv * group + part * shared;
+    const index_t heads = std::min(shared, group - part * shared);
     arena a(memory.memory().subspan(call_bytes(n_max, dk, dv, masked, sparse, worker) - workspace::alignment));
-    scratch s = scratch::take(a, n_max, dk, dv, masked, sparse);
-    const auto head = cache.head(b, h / group);
+    const auto head = cache.head(b, kv);
+    using head_type = std::remove_cvref_t<decltype(head)>;
     const index_t n = head.size();
+    head_group<head_type> together;
+    for (index_t h = first_head; h < first_head + heads; ++h) {
+      const scratch s = scratch::take(a, n_max, dk, dv, masked, sparse);
+      query_row<head_type> row{.head = head, .scaled_query = s.query.data()};
+      row.softcap = options.softcap;
+      row.position = n - n_queries + t;
+      row.kv_head = b * cache.n_kv_heads() + kv;
+      row.mask = options.mask.at(b, h, t);
+      if (options.alibi_slopes) row.alibi_slope = options.alibi_slopes[h];
+      if (options.sink_logits) row.sink_logit = options.sink_logits[h];
+      using kernel::load;
+      load(std::span<const Q>(&q(b, t, h, 0), static_cast<std::size_t>(dk)), s.query.data());
+      for (float& x : s.query) x *= options.scale;
 
-    query_row<std::remove_cvref_t<decltype(head)>> row{.head = head, .scaled_query = s.query.data()};
-    row.softcap = options.softcap;
-    row.position = n - n_queries + t;
-    row.kv_head = b * cache.n_kv_heads() + h / group;
-    row.mask = options.mask.at(b, h, t);
-    if (options.alibi_slopes) row.alibi_slope = options.alibi_slopes[h];
-    if (options.sink_logits) row.sink_logit = options.sink_logits[h];
-    using kernel::load;
-    load(std::span<const Q>(&q(b, t, h, 0), static_cast<std::size_t>(dk)), s.query.data());
-    for (float& x : s.query) x *= options.scale;
-
-    const auto [first, last] = visible_range(n, n_queries, t, options);
-    const population tokens(first, last, row.mask, s.visible);
-    const random_stream stream({key.seed, key.layer, key.step + static_cast<std::uint32_t>(t)},
-                               static_cast<std::uint32_t>(b * n_heads + h));
-    certificate c;
-    c.n = tokens.size();
-    softmax_state state(s.state);
-    const bool sink_ok = std::isfinite(row.sink_logit) || row.sink_logit == -std::numeric_limits<float>::infinity();
-    bool finite = sink_ok && attend(row, tokens, stream, s, state, c);
-    const float lse = state.finish(s.output);
-    finite = finite && std::isfinite(state.denominator()) && kernel::const_float_map(s.output.data(), dv).allFinite();
-    if (!finite) {
-      if (s.lagging) lagging = true;
-      // The lowest failing task, so that the message does not depend on the threads.
-      for (index_t seen = failed.load(); (seen < 0 || task < seen) && !failed.compare_exchange_weak(seen, task);) {
-      }
+      const auto [first, last] = visible_range(n, n_queries, t, options);
+      const population tokens(first, last, row.mask, s.visible);
+      const random_stream stream({key.seed, key.layer, key.step + static_cast<std::uint32_t>(t)},
+                                 static_cast<std::uint32_t>(b * n_heads + h));
+      head_task<head_type> one{.row = row, .tokens = tokens, .stream = stream, .s = s};
+      one.state = softmax_state(s.state);
+      one.c.n = tokens.size();
+      one.ok = std::isfinite(row.sink_logit) || row.sink_logit == -std::numeric_limits<float>::infinity();
+      together.push(std::move(one));
     }
-    c.log_denominator = lse;
-    for (index_t j = 0; j < dv; ++j) result.output(b, t, h, j) = s.output[static_cast<std::size_t>(j)];
-    if (result.log_sum_exp) result.log_sum_exp(b, t, h) = lse;
-    if (result.certificates) result.certificates(b, t, h) = c;
+    attend(together);
+    for (index_t g = 0; g < heads; ++g) {
+      head_task<head_type>& one = together[g];
+      const index_t h = first_head + g, place = (b * n_queries + t) * n_heads + h;
+      const float lse = one.state.finish(one.s.output);
+      const bool finite = one.ok && std::isfinite(one.state.denominator()) &&
+                          kernel::const_float_map(one.s.output.data(), dv).allFinite();
+      if (!finite) {
+        if (one.s.lagging) lagging = true;
+        // The lowest failing row, so that the message does not depend on the threads.
+        for (index_t seen = failed.load(); (seen < 0 || place < seen) && !failed.compare_exchange_weak(seen, place);) {
+        }
+      }
+      one.c.log_denominator = lse;
+      for (index_t j = 0; j < dv; ++j) result.output(b, t, h, j) = one.s.output[static_cast<std::size_t>(j)];
+      if (result.log_sum_exp) result.log_sum_exp(b, t, h) = lse;
+      if (result.certificates) result.certificates(b, t, h) = one.c;
+    }
   });
-  if (const index_t task = failed.load(); task >= 0) {
+  if (const index_t place = failed.load(); place >= 0) {
     if (lagging.load()) {
       return status::error(
           errc::invalid_argument,
@@ -230,10 +292,24 @@ template <class Q, kv_cache KV, executor E, class Attend>
         errc::non_finite,
         "a NaN or infinity was read, or a product overflowed float, for batch %lld, query %lld, head %lld: check q, "
         "K, V, the mask and the sink logits of that head",
-        static_cast<long long>(task / n_heads / n_queries), static_cast<long long>(task / n_heads % n_queries),
-        static_cast<long long>(task % n_heads));
+        static_cast<long long>(place / n_heads / n_queries), static_cast<long long>(place / n_heads % n_queries),
+        static_cast<long long>(place % n_heads));
   }
   return {};
+}
+
+/// As `for_each_group`, one head at a time: `attend(row, tokens, stream, scratch, state, certificate) -> bool`,
+/// false where it met a number that is not finite.
+template <class Q, kv_cache KV, executor E, class Attend>
+[[nodiscard]] status for_each_query(const tensor_view<const Q, 4>& q, const KV& cache, const attention_options& options,
+                                    const attention_result& result, workspace& memory, const draw_key& key, E& exec,
+                                    const scratch::sparse_sizes& sparse, Attend&& attend) noexcept {
+  return for_each_group(q, cache, options, result, memory, key, exec, sparse, [&attend](auto& heads) {
+    for (index_t g = 0; g < heads.size(); ++g) {
+      auto& one = heads[g];
+      one.ok = one.ok && attend(one.row, one.tokens, one.stream, one.s, one.state, one.c);
+    }
+  });
 }
 
 }  // namespace vattn

@@ -24,23 +24,46 @@ struct by_importance {
   static constexpr importance_shape shape{};
 };
 
-/// Token i is in the sample iff u_i < π_i with u_i a pure function of (key, stream, i): permanent, so that
-/// samples for growing π are nested. π_i = 1 inside the exact set, else min(1, max(c·w_i, λ·f_i)):
+/// As `by_importance`, in two phases (two_phase_attention.hpp): the selector is select::two_phase<Coarse, Fine>.
+struct in_two_phases : by_importance {
+  static constexpr bool two_phases = true;
+  static constexpr double widening = 16;  ///< candidates for each row of the pilot, at first
+};
+
+/// As `by_importance`, with one sample for the query heads of a KV head: token i is kept with the largest of
+/// the heads' probabilities, so each row that is read serves them all and each head's estimate stays unbiased.
+/// Fewer rows where heads agree; where they do not, their union.
+struct by_group_importance : by_importance {
+  static constexpr bool shared = true;
+};
+
+/// Permanent numbers u_i, a pure function of the stream, [first, last) of `numbers`.
+inline void draw_numbers(std::span<float> numbers, index_t first, index_t last, random_stream stream) noexcept {
+  for (index_t i = first; i < last; ++i) {
+    // Centre of one of 2^24 cells: never 0, so a token of probability 0 stays out and π = 1 is always in.
+    numbers[static_cast<std::size_t>(i)] = (static_cast<float>(stream.next() >> 8) + 0.5f) * 0x1p-24f;
+  }
+}
+
+/// Inclusion probabilities of one head: token i is in the sample iff u_i < π_i, with permanent numbers u_i, so
+/// that samples for growing π are nested. π_i = 1 inside the exact set, else min(prior_i, max(c·w_i, λ·f_i)):
 ///   w_i  weights that sum to 1 + defensive: ½ norm(e^s vn) + ½ norm(e^{βs} vn) + 0.1 norm(vn)
 ///   f_i  e^{s + zσ} vn, what the token may weigh if its score is z errors too low; λ makes it a floor,
 ///        without which a heavy token that the score hides and the sample misses leaves no trace
+/// `prior` (1 where it is empty): the tokens are themselves a sample, taken by the same numbers u_i < prior_i;
+/// then π_i is the probability over both phases, exactly, and norm() estimates sums over all tokens.
 /// Holds spans over the caller's memory, [n] each.
 class importance {
  public:
   importance() = default;
-  importance(std::span<float> weight, std::span<float> floor, std::span<float> number) noexcept
-      : weight_(weight), floor_(floor), number_(number) {}
+  importance(std::span<float> weight, std::span<float> floor, std::span<const float> prior = {}) noexcept
+      : weight_(weight), floor_(floor), prior_(prior) {}
 
-  /// `scores` and `errors` are the estimated logits and their error scales σ, `value` the weights vn.
-  /// Places before `first` and from `last` on are exact.
+  /// `scores` and `errors` are the estimated logits and their error scales σ, `value` the weights vn, `scratch`
+  /// [n]. Places before `first` and from `last` on are exact.
   template <class Value>
   void prepare(std::span<const float> scores, std::span<const float> errors, Value&& value, index_t first, index_t last,
-               double beta, const importance_shape& shape, random_stream stream) noexcept {
+               double beta, const importance_shape& shape, std::span<float> scratch) noexcept {
     first_ = first;
     last_ = last;
     top_ = -std::numeric_limits<float>::infinity();
@@ -51,20 +74,17 @@ class importance {
       const float vn = value(i), s = scores[at(i)] - top_;
       const float e = std::exp(s) * vn, t = std::exp(b * s) * vn;
       weight_[at(i)] = e;
-      number_[at(i)] = t;
+      scratch[at(i)] = t;
       floor_[at(i)] = std::exp(s + z * errors[at(i)]) * vn;
-      plain += e;
-      tempered += t;
-      flat += vn;
+      const float stands_for = prior_.empty() ? 1.0f : 1 / prior_[at(i)];
+      plain += stands_for * e;
+      tempered += stands_for * t;
+      flat += stands_for * vn;
     }
     const auto share = [](double part, double sum) { return sum > 0 ? static_cast<float>(part / sum) : 0.0f; };
     const float a = share(1 - shape.tempered, plain), t = share(shape.tempered, tempered),
                 d = share(shape.defensive, flat);
-    for (index_t i = first; i < last; ++i) weight_[at(i)] = a * weight_[at(i)] + t * number_[at(i)] + d * value(i);
-    for (index_t i = first; i < last; ++i) {
-      // Centre of one of 2^24 cells: never 0, so a token of probability 0 stays out and π = 1 is always in.
-      number_[at(i)] = (static_cast<float>(stream.next() >> 8) + 0.5f) * 0x1p-24f;
-    }
+    for (index_t i = first; i < last; ++i) weight_[at(i)] = a * weight_[at(i)] + t * scratch[at(i)] + d * value(i);
   }
 
   /// The scores' reference: floors and weights are relative to exp of it.
@@ -72,22 +92,15 @@ class importance {
 
   [[nodiscard]] double probability(index_t i, double c, double lambda) const noexcept {
     if (i < first_ || i >= last_) return 1;
-    return std::min(1.0, std::max(c * weight_[at(i)], lambda * floor_[at(i)]));
-  }
-
-  /// Calls visit(i) for every place of the residual that (c, λ) takes in and (c_before, λ_before) did not.
-  template <class Visit>
-  void enter(double c, double lambda, double c_before, double lambda_before, Visit&& visit) const noexcept {
-    for (index_t i = first_; i < last_; ++i) {
-      const double u = number_[at(i)];
-      if (u < probability(i, c, lambda) && !(u < probability(i, c_before, lambda_before))) visit(i);
-    }
+    const double most = prior_.empty() ? 1.0 : static_cast<double>(prior_[at(i)]);
+    return std::min(most, std::max(c * weight_[at(i)], lambda * floor_[at(i)]));
   }
 
  private:
   [[nodiscard]] static std::size_t at(index_t i) noexcept { return static_cast<std::size_t>(i); }
 
-  std::span<float> weight_, floor_, number_;
+  std::span<float> weight_, floor_;
+  std::span<const float> prior_;
   index_t first_ = 0, last_ = 0;
   float top_ = 0;
 };

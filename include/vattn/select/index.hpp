@@ -95,5 +95,58 @@ struct indexed {
   }
 };
 
+/// Two indices of the same keys: a coarse one that is scanned, and a fine one that is asked for the tokens
+/// which the scan keeps. For sample::in_two_phases.
+template <key_index Coarse, key_index Fine>
+struct two_phase {
+  static_assert(Coarse::estimates && Fine::estimates,
+                "two_phase<Coarse, Fine>: both must estimate logits, as sketch::key_codes do");
+  static constexpr bool estimates = true;
+
+  indexed<Coarse> coarse;
+  indexed<Fine> fine;
+
+  [[nodiscard]] std::size_t scratch_size() const noexcept {
+    return std::max(coarse.scratch_size(), fine.scratch_size());
+  }
+  template <kv_head Head>
+  score_result score(const query_row<Head>& row, const population& tokens, const score_buffers& out) const noexcept {
+    return fine.score(row, tokens, out);
+  }
+  index_t heavy_count(const ranking& r, index_t n, const config& c) const noexcept { return fine.heavy_count(r, n, c); }
+};
+
+/// What an index's scores and their hard error bounds allow the logits to be: upper bounds, for guarantees that
+/// rest on no estimate. Needs errors that bound (`bound_over_error()` finite).
+template <key_index Index>
+struct hard_bounds {
+  static_assert(Index::estimates, "hard_bounds<Index>: the index must state its errors, as sketch::key_codes do");
+  static constexpr bool upper_bounds = true;
+  static constexpr bool wants_errors = true;
+
+  std::span<const Index> heads;
+
+  [[nodiscard]] std::size_t scratch_size() const noexcept { return indexed<Index>{heads}.scratch_size(); }
+  template <kv_head Head>
+  score_result score(const query_row<Head>& row, const population& tokens, const score_buffers& out) const noexcept {
+    // Cap, mask and bias are applied to the bound, which they map to a bound.
+    query_row<Head> bare = row;
+    bare.softcap = 0, bare.alibi_slope = 0, bare.mask = {};
+    const score_result r = indexed<Index>{heads}.score(bare, tokens, out);
+    if (!r.ok || tokens.size() == 0) return r;
+    const float times = heads[static_cast<std::size_t>(row.kv_head)].bound_over_error();
+    bool finite = true;
+    for (index_t j = 0; j < tokens.size(); ++j) {
+      const auto at = static_cast<std::size_t>(j);
+      out.scores[at] = row.transform(out.scores[at] + times * out.errors[at], tokens[j]);
+      finite &= std::isfinite(out.scores[at]);
+    }
+    return {.ok = finite, .kind = score_kind::logit};
+  }
+  index_t heavy_count(const ranking& r, index_t n, const config& c) const noexcept {
+    return top_k<exact_logits>{}.heavy_count(r, n, c);
+  }
+};
+
 }  // namespace select
 }  // namespace vattn

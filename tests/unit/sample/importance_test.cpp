@@ -1,4 +1,5 @@
 // Poisson sampling by permanent numbers: nested, and with the probabilities that it states.
+#include <algorithm>
 #include <cmath>
 #include <set>
 #include <vattn/sample/importance.hpp>
@@ -15,10 +16,14 @@ struct setup {
   sample::importance pi;
 
   explicit setup(std::uint64_t seed)
-      : scores(400), errors(400, 0.5f), weight(400), floor(400), number(400), pi(weight, floor, number) {
+      : scores(400), errors(400, 0.5f), weight(400), floor(400), number(400), pi(weight, floor) {
     for (std::size_t i = 0; i < scores.size(); ++i) scores[i] = std::sin(static_cast<float>(i)) * 3;
     pi.prepare(
-        scores, errors, [](index_t) { return 1.0f; }, 10, 390, 0.8, {}, random_stream({.seed = seed}, 0));
+        scores, errors, [](index_t) { return 1.0f; }, 10, 390, 0.8, {}, number);
+    sample::draw_numbers(number, 10, 390, random_stream({.seed = seed}, 0));
+  }
+  [[nodiscard]] bool kept(index_t i, double c, double lambda) const {
+    return static_cast<double>(number[static_cast<std::size_t>(i)]) < pi.probability(i, c, lambda);
   }
 };
 
@@ -33,16 +38,35 @@ TEST_CASE("weights sum to one plus the defensive share", "[sample][importance]")
   CHECK(s.pi.probability(399, 1e-9, 0) == 1);
 }
 
-TEST_CASE("samples are nested and each growth is visited once", "[sample][importance]") {
+TEST_CASE("samples are nested, and in the end everything is in", "[sample][importance]") {
   const setup s(2);
   std::set<index_t> in;
-  double c = 0, lambda = 0;
   for (const auto& next : {std::pair{5.0, 0.0}, {5.0, 0.2}, {40.0, 0.2}, {1e9, 0.2}}) {
-    s.pi.enter(next.first, next.second, c, lambda, [&](index_t i) { CHECK(in.insert(i).second); });
-    c = next.first;
-    lambda = next.second;
+    std::set<index_t> now;
+    for (index_t i = 10; i < 390; ++i) {
+      if (s.kept(i, next.first, next.second)) now.insert(i);
+    }
+    CHECK(std::includes(now.begin(), now.end(), in.begin(), in.end()));
+    in = now;
   }
-  CHECK(in.size() == 380);  // everything is in at the end, nothing of the exact set is
+  CHECK(in.size() == 380);
+}
+
+TEST_CASE("a prior caps the probabilities, and sums over its tokens stand for all", "[sample][importance]") {
+  setup s(3);
+  // Every other token was kept, with probability one half.
+  std::vector<float> prior(400, 0.5f);
+  for (std::size_t i = 0; i < 400; ++i) s.scores[i] = static_cast<float>(i % 2);
+  sample::importance pi(s.weight, s.floor, prior);
+  pi.prepare(
+      s.scores, s.errors, [](index_t) { return 1.0f; }, 10, 390, 1, {}, s.number);
+  double sum = 0;
+  for (index_t i = 10; i < 390; ++i) {
+    sum += static_cast<double>(s.weight[static_cast<std::size_t>(i)]) / 0.5;
+    CHECK(pi.probability(i, 1e9, 0) == 0.5);
+  }
+  CHECK(std::abs(sum - 1.1) < 1e-4);
+  CHECK(pi.probability(3, 0, 0) == 1);  // the exact set has no prior
 }
 
 TEST_CASE("tokens are in the sample as often as stated", "[sample][importance]") {
@@ -51,7 +75,7 @@ TEST_CASE("tokens are in the sample as often as stated", "[sample][importance]")
   const double c = 30, lambda = 0.02;
   for (long d = 0; d < draws; ++d) {
     const setup s(static_cast<std::uint64_t>(d));
-    s.pi.enter(c, lambda, 0, 0, [&](index_t i) { ++hits[static_cast<std::size_t>(i)]; });
+    for (index_t i = 10; i < 390; ++i) hits[static_cast<std::size_t>(i)] += s.kept(i, c, lambda);
   }
   const setup s(0);
   double chi2 = 0;

@@ -1,0 +1,129 @@
+// Importance sampling in two phases: a coarse scan keeps candidates, a finer score thins them, rows are read last.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+#include <span>
+#include <utility>
+
+#include "vattn/importance_attention.hpp"
+
+namespace vattn {
+
+/// Both phases keep token i by the same permanent number: candidates are {u_i < prior_i}, the sample is
+/// {u_i < π_i} with π_i <= prior_i, so the two together are one Poisson sample with probabilities π_i, known
+/// exactly. The fine score is computed for candidates alone. Where the candidates turn out too few (their
+/// probabilities cap what a head needs, or the coarse floors were too low) the first phase is widened, eightfold
+/// each time, and at last everything is read.
+template <bound B, class Selector, kv_head Head>
+void attend_in_two_phases(head_group<Head>& group, const config& settings, const Selector& selector,
+                          const sample::importance_shape& shape, double widening) noexcept {
+  scratch& s0 = group[0].s;
+  const population all = group[0].tokens;
+  const index_t n = all.size(), last = n - settings.window, fixed = settings.sinks + settings.window;
+  const auto most = static_cast<index_t>(s0.prior.size());
+  sample::draw_numbers(s0.numbers, settings.sinks, last, group[0].stream);
+
+  double share = widening * shape.pilot;
+  std::array<bool, static_cast<std::size_t>(max_shared)> ended{};
+  for (int attempt = 0; attempt < 3; ++attempt, share *= 8) {
+    // Phase 1: coarse scores of every token, candidates for the heads together.
+    std::array<sample::importance, static_cast<std::size_t>(max_shared)> pi{};
+    std::array<double, static_cast<std::size_t>(max_shared)> floor{};
+    double log_floor = std::numeric_limits<double>::infinity();
+    for (index_t g = 0; g < group.size(); ++g) {
+      head_task<Head>& task = group[g];
+      if (!task.ok || ended[static_cast<std::size_t>(g)]) continue;
+      const auto size = static_cast<std::size_t>(n);
+      scratch& s = task.s;
+      const std::span<float> scores = s.scores.first(size), errors = s.errors.first(size);
+      const score_result scored = selector.coarse.score(task.row, all, {scores, errors, s.value_centre, s.selector});
+      s.lagging = scored.lagging;
+      if (!(task.ok = scored.ok)) continue;
+      const auto distance = select::value_distances(task.row.head, all, s.value_centre);
+      double mean = 0;
+      for (index_t j = 0; j < n; ++j) mean += distance(all[j]) / static_cast<double>(n);
+      const auto value = [&](index_t j) { return distance(all[j]) + 0.1f * static_cast<float>(mean); };
+      auto& p = pi[static_cast<std::size_t>(g)];
+      p = sample::importance(s.weights, s.floors);
+      p.prepare(scores, errors, value, settings.sinks, last, tempering(scores, errors, s.spare), shape, s.spare);
+      // What the first look will ask for, guessed; what a look has asked for, later.
+      double sum = 0;
+      for (const float score : scores) sum += std::exp(static_cast<double>(score) - p.top());
+      const double guess = -p.top() - std::log(shape.kappa * settings.epsilon * mean * sum);
+      const double log_own = std::isfinite(task.log_floor) ? task.log_floor + 0.3 : guess;
+      floor[static_cast<std::size_t>(g)] = std::exp(p.top() + log_own);
+      log_floor = std::min(log_floor, log_own);
+    }
+    index_t kept = 0;
+    const auto keep = [&](index_t i, float prior) {
+      const auto to = static_cast<std::size_t>(kept++), from = static_cast<std::size_t>(i);
+      s0.order[to] = static_cast<ordinal>(all[i]);
+      s0.prior[to] = prior;
+      s0.kept_numbers[to] = s0.numbers[from];
+      for (index_t g = 0; g < group.size(); ++g) {
+        group[g].s.coarse_scores[to] = group[g].s.scores[from];
+        group[g].s.coarse_errors[to] = group[g].s.errors[from];
+      }
+    };
+    bool full = fixed >= most;
+    for (index_t i = 0; i < n && !full; ++i) {
+      if (i < settings.sinks || i >= last) {
+        keep(i, 1);
+        continue;
+      }
+      double p = 0;
+      for (index_t g = 0; g < group.size(); ++g) {
+        if (group[g].ok && !ended[static_cast<std::size_t>(g)])
+          p = std::max(p, pi[static_cast<std::size_t>(g)].probability(i, share, floor[static_cast<std::size_t>(g)]));
+      }
+      const auto prior = static_cast<float>(p);
+      if (s0.numbers[static_cast<std::size_t>(i)] < prior) keep(i, prior);
+      full = kept + settings.window >= most;
+    }
+    if (full) break;
+
+    // Phase 2: among the candidates, with what the first phase has done to them.
+    const auto size = static_cast<std::size_t>(kept);
+    const population candidates(s0.order.first(size));
+    head_group<Head> open;
+    std::array<index_t, static_cast<std::size_t>(max_shared)> origin{};
+    for (index_t g = 0; g < group.size(); ++g) {
+      if (!group[g].ok || ended[static_cast<std::size_t>(g)]) continue;
+      origin[static_cast<std::size_t>(open.size())] = g;
+      head_task<Head> task = group[g];
+      task.tokens = candidates;
+      open.push(std::move(task));
+    }
+    if (open.size() == 0) return;
+    const sampling_frame frame{.n = n, .prior = s0.prior.first(size), .log_floor = log_floor};
+    sample_by_importance<B>(open, settings, selector.fine, shape, s0.kept_numbers.first(size), frame,
+                            [](head_task<Head>& task) { task.c.promise = guarantee::none; });
+    for (index_t o = 0; o < open.size(); ++o) {
+      head_task<Head>& from = open[o];
+      const auto g = static_cast<std::size_t>(origin[static_cast<std::size_t>(o)]);
+      head_task<Head>& to = group[static_cast<index_t>(g)];
+      to.state = from.state, to.c = from.c, to.ok = from.ok, to.log_floor = from.log_floor;
+      if (!from.ok || from.c.promise == guarantee::none) continue;
+      // The rows that were read check the coarse scores as they do the fine ones.
+      index_t breaches = 0;
+      for (index_t r = 0; r < from.c.rows() - fixed; ++r) {
+        const weighted_row& row = from.s.weighted[static_cast<std::size_t>(r)];
+        const auto at = static_cast<std::size_t>(row.place);
+        breaches += std::abs(row.logit - from.s.coarse_scores[at]) >
+                    4 * from.s.coarse_errors[at] + 1e-3f * (1 + std::abs(row.logit));
+      }
+      to.c.breaches += breaches;
+      ended[g] = breaches <= 2 + (from.c.rows() - fixed) / 100;
+    }
+  }
+  for (index_t g = 0; g < group.size(); ++g) {
+    head_task<Head>& task = group[g];
+    if (task.ok && !ended[static_cast<std::size_t>(g)])
+      task.ok = attend_exactly(task.row, task.tokens, task.s, task.state, task.c);
+  }
+}
+
+}  // namespace vattn
