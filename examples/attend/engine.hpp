@@ -1,13 +1,14 @@
 // make_engine: from names on a command line to a vattention<Policy>.
 #pragma once
 
-#include <any>
 #include <cmath>
 #include <memory>
+#include <tuple>
 #include <utility>
 
 #include "attend/problem.hpp"
 #include "common/methods.hpp"
+#include "common/selectors.hpp"
 #include "common/value_norms.hpp"
 
 namespace vattn::examples {
@@ -42,10 +43,14 @@ struct exact_estimates : select::exact_logits {
   }
 };
 
-/// A policy whose selector is an index over the keys, built once.
-template <class Index, class Sampler, class Bound>
-struct index_policy : default_policy {
-  using selector = select::indexed<Index>;
+/// Exact logits as bounds that are met.
+struct exact_bounds : exact_estimates {
+  static constexpr bool upper_bounds = true;
+};
+
+template <class Selector, class Sampler, class Bound>
+struct sampled_policy : default_policy {
+  using selector = Selector;
   using sampler = Sampler;
   using bound = Bound;
 };
@@ -62,12 +67,24 @@ class engine_of {
   [[nodiscard]] status check(const attention_result& result) const {
     if (status s = request_.settings.validate(); !s) return s;
     const bool finite_sample = request_.bound == bound_kind::bernstein || request_.bound == bound_kind::hoeffding;
-    const bool indexed = request_.selector != selector_kind::exact || request_.sampler == sampler_kind::importance;
-    if (indexed && (finite_sample || request_.target != target_kind::output || request_.top_p > 0)) {
-      return status::error(errc::invalid_argument,
-                           "--selector codes and --sampler importance go with --target output, --bound clt or student, "
-                           "and without --top-p");
+    const bool importance = request_.sampler == sampler_kind::importance;
+    const auto refuse = [](const char* what) { return status::error(errc::invalid_argument, "%s", what); };
+    if ((request_.selector != "exact" || importance) && (request_.target != target_kind::output || request_.top_p > 0))
+      return refuse("--selector and --sampler importance go with --target output, and without --top-p");
+    if ((request_.share_group || request_.two_phases) && !importance)
+      return refuse("--share-group and --two-phase go with --sampler importance");
+    if (finite_sample && importance && (request_.share_group || request_.two_phases))
+      return refuse("--share-group and --two-phase are asymptotic: --bound clt or student");
+    if (finite_sample && (importance || request_.selector != "exact")) {
+      if (request_.bound == bound_kind::hoeffding)
+        return refuse("with a selector the finite-sample bound is bernstein");
+      if (!importance)
+        return refuse("a selector with --bound bernstein needs --sampler importance (certified attention)");
+      if (request_.selector != "codes" && request_.selector != "quest" && request_.selector != "exact")
+        return refuse("--bound bernstein needs scores that bound the logits: --selector codes, quest or exact");
     }
+    if (request_.two_phases && request_.selector != "codes")
+      return refuse("--two-phase goes with --selector codes, of 2 bits or more");
     return check_call(problem_.query_view(), view_, request_.options, result);
   }
 
@@ -85,6 +102,9 @@ class engine_of {
       case method::top_k:
         return fixed_budget(q, view_, request_.options, result, memory_,
                             {.sinks = c.sinks, .window = c.window, .heavy = c.heavy}, key, exec);
+      case method::magic_pig:
+        return magic_pig_attention(q, view_, request_.options, result, memory_, pigs(),
+                                   {.sinks = c.sinks, .window = c.window}, key, exec);
       case method::sample:
         return fixed_budget(q, view_, request_.options, result, memory_,
                             {.sinks = c.sinks, .window = c.window, .sampled = c.base}, key, exec);
@@ -95,22 +115,13 @@ class engine_of {
       norms_ = measure_values(view_, problem_.n);
       view_ = view_.with_norms(norms_.view());
     }
-    if (request_.selector == selector_kind::codes) {
-      switch (request_.bits) {
-        case 1:
-          return with_index(sketch::key_codes<1>(problem_.dk, codes_seed), result, key, exec);
-        case 2:
-          return with_index(sketch::key_codes<2>(problem_.dk, codes_seed), result, key, exec);
-        case 8:
-          return with_index(sketch::key_codes<8>(problem_.dk, codes_seed), result, key, exec);
-        default:
-          return with_index(sketch::key_codes<4>(problem_.dk, codes_seed), result, key, exec);
-      }
-    }
+    if (request_.selector == "streaming-llm") return with_selector(select::none{}, result, key, exec);
+    if (request_.selector != "exact") return with_catalogue(result, key, exec);
     if (request_.sampler == sampler_kind::importance) {
-      return request_.bound == bound_kind::student
-                 ? attend_with<exact_importance<budget::student>>({}, result, key, exec)
-                 : attend_with<exact_importance<budget::clt>>({}, result, key, exec);
+      if (request_.bound == bound_kind::bernstein)
+        return attend_with<sampled_policy<exact_bounds, sample::by_importance, budget::bernstein>>({}, result, key,
+                                                                                                   exec);
+      return sample_by_importance(exact_estimates{}, result, key, exec);
     }
     switch (request_.target) {
       case target_kind::denominator:
@@ -131,15 +142,8 @@ class engine_of {
     return {thread_executor(request_.threads), count};
   }
 
-  // The rotation of the codes; the draws have --seed.
-  static constexpr std::uint64_t codes_seed = 1;
-
-  template <class Bound>
-  struct exact_importance : default_policy {
-    using selector = exact_estimates;
-    using sampler = sample::by_importance;
-    using bound = Bound;
-  };
+  // Rotations and hyperplanes; the draws have --seed.
+  static constexpr std::uint64_t index_seed = 1;
 
   template <class Policy>
   [[nodiscard]] status attend_with(const typename Policy::selector& selector, const attention_result& result,
@@ -148,24 +152,96 @@ class engine_of {
     return attend(problem_.query_view(), view_, request_.options, result, memory_, key, exec);
   }
 
-  template <class Index>
-  [[nodiscard]] status with_index(const Index& empty, const attention_result& result, const draw_key& key,
-                                  executor_type& exec) {
-    if (!indices_.has_value()) {  // once, instead of in every trial
-      std::vector<Index> heads(static_cast<std::size_t>(problem_.kv_heads), empty);
-      for (index_t h = 0; h < problem_.kv_heads; ++h) append_from(heads[static_cast<std::size_t>(h)], view_.head(0, h));
-      indices_ = std::move(heads);
-    }
-    const select::indexed<Index> selector{.heads = std::any_cast<const std::vector<Index>&>(indices_)};
+  template <class Selector>
+  [[nodiscard]] status sample_by_importance(const Selector& selector, const attention_result& result,
+                                            const draw_key& key, executor_type& exec) {
+    using by = sample::by_importance;
+    if (request_.bound == bound_kind::student)
+      return attend_with<sampled_policy<Selector, by, budget::student>>(selector, result, key, exec);
+    if (request_.share_group)
+      return attend_with<sampled_policy<Selector, sample::by_group_importance, budget::clt>>(selector, result, key,
+                                                                                             exec);
+    return attend_with<sampled_policy<Selector, by, budget::clt>>(selector, result, key, exec);
+  }
+
+  // A selector that ranks: as it is for the uniform sampler, calibrated for the other.
+  template <class Selector>
+  [[nodiscard]] status with_selector(const Selector& selector, const attention_result& result, const draw_key& key,
+                                     executor_type& exec) {
+    if (request_.sampler == sampler_kind::importance)
+      return sample_by_importance(select::calibrated<Selector>{selector}, result, key, exec);
+    return sample_uniformly(selector, result, key, exec);
+  }
+
+  template <class Selector>
+  [[nodiscard]] status sample_uniformly(const Selector& selector, const attention_result& result, const draw_key& key,
+                                        executor_type& exec) {
     using uniform = sample::uniform_without_replacement;
-    const bool student = request_.bound == bound_kind::student;
-    if (request_.sampler == sampler_kind::importance) {
-      using by = sample::by_importance;
-      return student ? attend_with<index_policy<Index, by, budget::student>>(selector, result, key, exec)
-                     : attend_with<index_policy<Index, by, budget::clt>>(selector, result, key, exec);
+    return request_.bound == bound_kind::student
+               ? attend_with<sampled_policy<Selector, uniform, budget::student>>(selector, result, key, exec)
+               : attend_with<sampled_policy<Selector, uniform, budget::clt>>(selector, result, key, exec);
+  }
+
+  // Indices are built once, instead of in every trial.
+  [[nodiscard]] status with_catalogue(const attention_result& result, const draw_key& key, executor_type& exec) {
+    const selector_entry& entry = *find_selector(request_.selector);
+    if (indices_.empty()) {
+      for (index_t h = 0; h < problem_.kv_heads; ++h) {
+        const auto head = view_.head(0, h);
+        indices_.push_back(entry.make(prefill_of(head, request_.bits, index_seed)));
+        std::visit([&](auto& index) { append_from(index, head); }, indices_.back());
+        if (!request_.two_phases) continue;
+        coarse_.emplace_back(sketch::key_codes<1>(problem_.dk, index_seed + 1));
+        append_from(coarse_.back(), head);
+      }
     }
-    return student ? attend_with<index_policy<Index, uniform, budget::student>>(selector, result, key, exec)
-                   : attend_with<index_policy<Index, uniform, budget::clt>>(selector, result, key, exec);
+    return std::visit(
+        [&](const auto& first) {
+          using index = std::remove_cvref_t<decltype(first)>;
+          auto& heads = heads_of<index>();
+          if (heads.empty()) {
+            for (const index_variant& each : indices_) heads.push_back(std::get<index>(each));
+          }
+          const select::indexed<index> selector{.heads = heads};
+          if constexpr (index::estimates) {
+            using by = sample::by_importance;
+            if (request_.bound == bound_kind::bernstein)
+              return attend_with<sampled_policy<select::hard_bounds<index>, by, budget::bernstein>>({heads}, result,
+                                                                                                    key, exec);
+            if (request_.two_phases)
+              return attend_with<sampled_policy<select::two_phase<index, index>, sample::in_two_phases, budget::clt>>(
+                  {{coarse_}, {heads}}, result, key, exec);
+            return request_.sampler == sampler_kind::importance ? sample_by_importance(selector, result, key, exec)
+                                                                : sample_uniformly(selector, result, key, exec);
+          } else if constexpr (index::upper_bounds) {
+            if (request_.bound == bound_kind::bernstein)
+              return attend_with<sampled_policy<select::indexed<index>, sample::by_importance, budget::bernstein>>(
+                  selector, result, key, exec);
+            // Bounds of logits become bounds of what a token can move: a guard for what is not ranked high.
+            using guarded = select::top_k<select::contributions<select::indexed<index>>>;
+            guarded bounded;
+            bounded.heads = heads;
+            return with_selector(bounded, result, key, exec);
+          } else {
+            return with_selector(selector, result, key, exec);
+          }
+        },
+        indices_.front());
+  }
+
+  // MagicPIG's own estimator asks the hash tables themselves.
+  [[nodiscard]] std::span<const select::magic_pig> pigs() {
+    for (index_t h = static_cast<index_t>(pigs_.size()); h < problem_.kv_heads; ++h) {
+      const auto head = view_.head(0, h);
+      pigs_.emplace_back(problem_.dk, 10, 150, index_seed, prefill_of(head, request_.bits, index_seed).centre);
+      append_from(pigs_.back(), head);
+    }
+    return pigs_;
+  }
+
+  template <class Index>
+  [[nodiscard]] std::vector<Index>& heads_of() {
+    return std::get<std::vector<Index>>(heads_);
   }
 
   template <class Target>
@@ -196,7 +272,13 @@ class engine_of {
   kv_view<T> view_;
   value_norms norms_;
   workspace memory_;
-  std::any indices_;  // std::vector<Index>, one for each KV head
+  // One for each KV head.
+  std::vector<index_variant> indices_;
+  std::tuple<std::vector<any_index<score_says::order>>, std::vector<any_index<score_says::estimate>>,
+             std::vector<any_index<score_says::bound>>>
+      heads_;
+  std::vector<any_index<score_says::estimate>> coarse_;
+  std::vector<select::magic_pig> pigs_;
 };
 
 template <class T>

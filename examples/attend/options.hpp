@@ -2,10 +2,12 @@
 #pragma once
 
 #include <CLI/CLI.hpp>
+#include <cstdio>
 #include <map>
 #include <string>
 
 #include "attend/problem.hpp"
+#include "common/selectors.hpp"
 
 namespace vattn::examples {
 
@@ -13,6 +15,7 @@ inline void add_options(CLI::App& app, request& r) {
   const std::map<std::string, method> methods{{"dense", method::dense},
                                               {"top-k", method::top_k},
                                               {"sample", method::sample},
+                                              {"magic-pig", method::magic_pig},
                                               {"vattention", method::vattention}};
   const std::map<std::string, target_kind> targets{{"output", target_kind::output},
                                                    {"denominator", target_kind::denominator},
@@ -22,8 +25,6 @@ inline void add_options(CLI::App& app, request& r) {
                                                  {"student", bound_kind::student},
                                                  {"bernstein", bound_kind::bernstein},
                                                  {"hoeffding", bound_kind::hoeffding}};
-  const std::map<std::string, selector_kind> selectors{{"exact", selector_kind::exact},
-                                                       {"codes", selector_kind::codes}};
   const std::map<std::string, sampler_kind> samplers{{"uniform", sampler_kind::uniform},
                                                      {"importance", sampler_kind::importance}};
   const std::map<std::string, error_scale> scales{{"output", error_scale::output}, {"rms", error_scale::rms}};
@@ -42,6 +43,15 @@ inline void add_options(CLI::App& app, request& r) {
     };
     app.add_option_function<std::string>(option, assign, text)->type_name(shown)->group(group);
   };
+
+  app.add_flag_callback(
+      "--list",
+      [] {
+        for (const selector_entry& entry : selector_catalogue())
+          std::printf("%-18s %s\n", entry.name.c_str(), entry.text.c_str());
+        throw CLI::Success();
+      },
+      "name the selectors");
 
   const auto input = [&](const char* name, std::string& path, const char* text) {
     app.add_option(name, path, text)->required()->type_name("FILE")->group("Arrays");
@@ -63,13 +73,19 @@ inline void add_options(CLI::App& app, request& r) {
   app.add_flag("--causal", r.options.causal, "query t of T sees the tokens up to n - T + t")->group("Attention");
   number("Attention", "--sliding-window", r.options.sliding_window, "see the latest X tokens alone; 0 = all");
 
-  choice("Method", "--method", r.how, methods, "dense|top-k|sample|vattention", "default vattention");
+  choice("Method", "--method", r.how, methods, "dense|top-k|sample|magic-pig|vattention", "default vattention");
   choice("Method", "--target", r.target, targets, "output|denominator|numerator|sdpa",
          "what epsilon and delta promise; default output");
-  choice("Method", "--selector", r.selector, selectors, "exact|codes",
-         "what ranks the tokens: their logits and values (default), or quantised keys of --bits");
+  std::map<std::string, std::string> selectors;
+  for (const selector_entry& entry : selector_catalogue()) selectors[entry.name] = entry.name;
+  choice("Method", "--selector", r.selector, selectors, "NAME",
+         "what scores the tokens, see --list; default exact: their logits and values");
   choice("Method", "--sampler", r.sampler, samplers, "uniform|importance",
          "uniform: heavy tokens and a uniform rest (default); importance: by the scores and their error");
+  app.add_flag("--share-group", r.share_group, "importance: one sample for the query heads of a KV head")
+      ->group("Method");
+  app.add_flag("--two-phase", r.two_phases, "importance: scan codes of 1 bit, then score what they keep")
+      ->group("Method");
   number("Method", "--bits", r.bits, "of a coordinate of a quantised key; default 4")
       ->check(CLI::IsMember({1, 2, 4, 8}));
   choice("Method", "--error-scale", r.settings.scale, scales, "output|rms",

@@ -14,9 +14,8 @@
 
 namespace vattn::examples {
 
-enum class method : std::uint8_t { dense, top_k, sample, vattention };
+enum class method : std::uint8_t { dense, top_k, sample, magic_pig, vattention };
 enum class sampler_kind : std::uint8_t { uniform, importance };
-enum class selector_kind : std::uint8_t { exact, codes };
 enum class bound_kind : std::uint8_t { clt, student, bernstein, hoeffding };
 
 /// The command line.
@@ -30,8 +29,10 @@ struct request {
   target_kind target = target_kind::output;
   bound_kind bound = bound_kind::clt;
   sampler_kind sampler = sampler_kind::uniform;
-  selector_kind selector = selector_kind::exact;
-  int bits = 4;  ///< of the codes
+  std::string selector = "exact";  ///< of selector_catalogue()
+  int bits = 4;                    ///< of the codes
+  bool share_group = false;        ///< one sample for the query heads of a KV head
+  bool two_phases = false;         ///< scan codes of 1 bit, then the selector's for what they keep
   config settings{};
   double top_p = 0;  ///< share of the softmax mass to read exactly; 0 = `heavy` decides
   std::uint64_t seed = 0;

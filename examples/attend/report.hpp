@@ -14,7 +14,7 @@
 namespace vattn::examples {
 
 [[nodiscard]] constexpr const char* to_string(method m) {
-  constexpr const char* names[] = {"dense", "top-k", "sample", "vattention"};
+  constexpr const char* names[] = {"dense", "top-k", "sample", "magic-pig", "vattention"};
   return names[static_cast<std::size_t>(m)];
 }
 [[nodiscard]] constexpr const char* to_string(bound_kind b) {
@@ -58,7 +58,7 @@ class report {
     j["failed"] = failed, j["exact"] = c.exact(), j["saturated"] = c.saturated;
     j["target"] = vattn::to_string(c.target), j["scale"] = vattn::to_string(c.scale);
     j["bound"] = c.bound, j["guarantee"] = vattn::to_string(c.promise), j["assumptions"] = c.assumptions;
-    j["coherence"] = c.coherence, j["rounds"] = c.rounds;
+    j["coherence"] = c.coherence, j["rounds"] = c.rounds, j["breaches"] = c.breaches;
     file_->stream() << (errors_.size() > 1 ? ",\n" : "\n") << dump(j);
   }
 
@@ -73,6 +73,9 @@ class report {
     } else {
       s["target"] = s["bound"] = "none";
     }
+    s["selector"] = request_.how == method::vattention ? request_.selector : "none";
+    s["sampler"] = request_.sampler == sampler_kind::importance ? "importance" : "uniform";
+    s["bits"] = request_.bits;
     s["scale"] = vattn::to_string(request_.settings.scale);
     s["epsilon"] = request_.settings.epsilon, s["delta"] = request_.settings.delta;
     s["n"] = problem_.n, s["queries"] = problem_.queries, s["heads"] = problem_.heads;

@@ -73,4 +73,48 @@ status fixed_budget(const tensor_view<const Q, 4>& q, const KV& cache, const att
   return for_each_query(q, cache, options, result, memory, key, exec, sizes, attend);
 }
 
+/// MagicPIG's own estimator (arXiv 2410.16179): of the tokens between sinks and window those that share a bucket with
+/// the query in two hash tables or more, weighted by one over their chance of doing so. `heads` as select::indexed.
+/// Shapes, errors and memory as `vattention`; promises nothing.
+template <class Q, kv_cache KV, executor E = serial_executor>
+status magic_pig_attention(const tensor_view<const Q, 4>& q, const KV& cache, const attention_options& options,
+                           const attention_result& result, workspace& memory, std::span<const select::magic_pig> heads,
+                           const row_budget& budget, const draw_key& key = {}, E&& exec = E{}) noexcept {
+  if (status s = check_call(q, cache, options, result); !s) return s;
+  const select::indexed<select::magic_pig> selector{heads};
+  const scratch::sparse_sizes sizes{.selector = selector.scratch_size(), .sampled = true};
+  const auto attend = [&](const auto& row, const population& tokens, const random_stream&, scratch& s,
+                          softmax_state& state, certificate& c) {
+    using kernel::axpy;
+    const index_t n = tokens.size();
+    const index_t sinks = std::min(budget.sinks, n), window = std::min(budget.window, n - sinks);
+    const score_result scored =
+        selector.score(row, tokens, {s.scores.first(static_cast<std::size_t>(n)), {}, {}, s.selector});
+    s.lagging = scored.lagging;
+    if (!scored.ok) return false;
+    softmax_state part(s.part);
+    add_sink(state, row.sink_logit);
+    if (!accumulate_exact(
+            row, sinks + window, [&](index_t j) { return tokens[j < sinks ? j : n - window + (j - sinks)]; }, state,
+            part, false))
+      return false;
+    const select::magic_pig& index = heads[static_cast<std::size_t>(row.kv_head)];
+    c.rows_exact = sinks + window;
+    for (index_t j = sinks; j < n - window; ++j) {
+      if (s.scores[static_cast<std::size_t>(j)] < 2) continue;
+      const float logit = row.logit(tokens[j]);
+      if (!std::isfinite(logit)) return false;
+      using kernel::dot;
+      const double u = index.probability(row.scaled_query, tokens[j], dot(row.scaled_query, row.head.key(tokens[j])));
+      state.raise(logit);
+      const double x = std::exp(static_cast<double>(logit - state.max_logit())) / std::max(u, 1e-12);
+      state.add_denominator(x);
+      axpy(static_cast<float>(x), row.head.value(tokens[j]), state.numerator().data());
+      ++c.rows_sampled;
+    }
+    return true;
+  };
+  return for_each_query(q, cache, options, result, memory, key, exec, sizes, attend);
+}
+
 }  // namespace vattn::examples

@@ -49,7 +49,7 @@ struct importance_head {
   sample::importance pi;
   softmax_state exact;
   double share = 0, floor = 0, entered_share = 0, entered_floor = 0;
-  index_t breaches = 0;
+  index_t breaches = 0, scoring_rows = 0;
   bool done = false;
 
   [[nodiscard]] double wanted(index_t i) const noexcept { return pi.probability(i, share, floor); }
@@ -80,6 +80,7 @@ struct importance_head {
     const score_result scored = selector.score(task.row, tokens, {scores, errors, s.value_centre, s.selector});
     s.lagging = scored.lagging;
     if (!scored.ok) return false;
+    scoring_rows = scored.rows_read;
 
     // A token can move the output by x‖v − ô‖; a tenth of the mean distance stands for ô ≠ centre.
     const auto distance = select::value_distances(task.row.head, tokens, s.value_centre);
@@ -122,8 +123,8 @@ struct importance_head {
     task.log_floor = std::max(task.log_floor, log_needed);
     if (verified && floor >= 0.8 * needed && frame.log_floor >= std::log(0.8) + log_needed) {
       c.rows_exact = settings.sinks + settings.window + e.certain;
-      c.rows_sampled = count - e.certain;
-      c.budget = c.rows_sampled;
+      c.rows_sampled = count - e.certain + scoring_rows;
+      c.budget = count - e.certain;
       c.epsilon_achieved = error2 > 0 ? std::sqrt(error2 / scale2) : 0;
       c.denominator_error =
           std::sqrt(squared_radius(e.denominator_variance, e.dimension, e.dof, count, settings.delta));

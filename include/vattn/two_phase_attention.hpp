@@ -108,15 +108,16 @@ void attend_in_two_phases(head_group<Head>& group, const config& settings, const
       to.state = from.state, to.c = from.c, to.ok = from.ok, to.log_floor = from.log_floor;
       if (!from.ok || from.c.promise == guarantee::none) continue;
       // The rows that were read check the coarse scores as they do the fine ones.
+      const index_t rows = from.c.rows_exact - fixed + from.c.budget;
       index_t breaches = 0;
-      for (index_t r = 0; r < from.c.rows() - fixed; ++r) {
+      for (index_t r = 0; r < rows; ++r) {
         const weighted_row& row = from.s.weighted[static_cast<std::size_t>(r)];
         const auto at = static_cast<std::size_t>(row.place);
         breaches += std::abs(row.logit - from.s.coarse_scores[at]) >
                     4 * from.s.coarse_errors[at] + 1e-3f * (1 + std::abs(row.logit));
       }
       to.c.breaches += breaches;
-      ended[g] = breaches <= 2 + (from.c.rows() - fixed) / 100;
+      ended[g] = breaches <= 2 + rows / 100;
     }
   }
   for (index_t g = 0; g < group.size(); ++g) {

@@ -151,7 +151,10 @@ class vattention {
         c.epsilon_achieved = v.epsilon_achieved;
         c.denominator_error = budget::denominator_error<bound>(seen);
         c.coherence = now.power > 0 ? std::sqrt(now.output2 / now.power) : 0;
-        c.promise = bound::kind, c.bound = bound::name, c.assumptions = bound::assumptions;
+        c.promise = bound::kind, c.bound = bound::name;
+        c.assumptions = scores.kind == score_kind::ranking && bound::kind == guarantee::asymptotic
+                            ? "asymptotic, as stated by the bound; and the selector ranks every heavy token"
+                            : bound::assumptions;
         c.saturated = !v.met;
         add_residual(state, now, moments);
         return true;

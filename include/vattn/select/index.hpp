@@ -59,6 +59,7 @@ namespace select {
 template <key_index Index>
 struct indexed {
   static constexpr bool estimates = Index::estimates;
+  static constexpr bool upper_bounds = scores_bound_logits<Index>;
 
   std::span<const Index> heads;
 

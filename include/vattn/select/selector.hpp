@@ -28,6 +28,7 @@ struct score_result {
   // Of score_kind::contribution. No value is further from any point p than
   // sqrt(‖v − centre‖² + offset²)·sqrt(1 + ‖p − centre‖²/offset²)   (Cauchy-Schwarz).
   float value_offset = 0;
+  index_t rows_read = 0;  ///< rows of the cache that scoring itself has read, beyond what the selector stands for
 };
 
 /// Where a selector writes.

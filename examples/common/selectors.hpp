@@ -1,0 +1,91 @@
+// The selectors by name: what they are, and how an empty index of each is made for a KV head.
+#pragma once
+
+#include <functional>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "common/any_index.hpp"
+
+namespace vattn::examples {
+
+/// What an index may need to know before its first key.
+struct index_request {
+  index_t dim = 0;
+  int bits = 4;                 ///< of a coordinate, for codes
+  std::uint64_t seed = 1;       ///< rotations, hyperplanes, k-means
+  std::vector<float> centre{};  ///< mean key of the prefill, [dim]
+  std::vector<float> keys{};    ///< some keys of the prefill, [any, dim], for calibration
+};
+
+using index_variant =
+    std::variant<any_index<score_says::order>, any_index<score_says::estimate>, any_index<score_says::bound>>;
+
+struct selector_entry {
+  std::string name;
+  std::string text;                                         ///< one line: what it does, its source
+  std::function<index_variant(const index_request&)> make;  ///< none: needs no index
+};
+
+/// In the order of a list that a person reads.
+[[nodiscard]] inline const std::vector<selector_entry>& selector_catalogue() {
+  using order = any_index<score_says::order>;
+  using estimate = any_index<score_says::estimate>;
+  static const std::vector<selector_entry> all{
+      {"exact", "every key is read: the oracle ranking, by what a token can move the output", nullptr},
+      {"streaming-llm", "sinks and window alone, nothing is ranked (arXiv 2309.17453)", nullptr},
+      {"codes", "rotated keys of --bits 1, 2, 4 or 8 a coordinate, with error bounds (after RaBitQ, SIGMOD 2024)",
+       [](const index_request& r) -> index_variant {
+         switch (r.bits) {
+           case 1:
+             return estimate(sketch::key_codes<1>(r.dim, r.seed));
+           case 2:
+             return estimate(sketch::key_codes<2>(r.dim, r.seed));
+           case 8:
+             return estimate(sketch::key_codes<8>(r.dim, r.seed));
+           default:
+             return estimate(sketch::key_codes<4>(r.dim, r.seed));
+         }
+       }},
+      {"magic-pig", "collisions in 150 hash tables of 10 sign bits (arXiv 2410.16179)",
+       [](const index_request& r) -> index_variant {
+         return order(select::magic_pig(r.dim, 10, 150, r.seed, r.centre));
+       }},
+      {"socket", "soft collisions in 60 hash tables of 10 sign bits (arXiv 2602.06283)",
+       [](const index_request& r) -> index_variant {
+         return order(select::socket(r.dim, 10, 60, 0.3, r.seed, r.centre));
+       }},
+  };
+  return all;
+}
+
+[[nodiscard]] inline const selector_entry* find_selector(const std::string& name) {
+  for (const selector_entry& entry : selector_catalogue()) {
+    if (entry.name == name) return &entry;
+  }
+  return nullptr;
+}
+
+/// What a selector may learn from a prefill of keys: their mean, and up to 1024 of them.
+template <kv_head Head>
+[[nodiscard]] index_request prefill_of(const Head& head, int bits, std::uint64_t seed) {
+  using kernel::load;
+  index_request r{.dim = head.dk(), .bits = bits, .seed = seed};
+  const auto dim = static_cast<std::size_t>(r.dim);
+  std::vector<double> sum(dim);
+  std::vector<float> key(dim);
+  const index_t stride = std::max<index_t>(1, head.size() / 1024);
+  for (index_t i = 0; i < head.size(); ++i) {
+    load(head.key(i), key.data());
+    for (std::size_t j = 0; j < dim; ++j) sum[j] += static_cast<double>(key[j]);
+    if (i % stride == 0 && r.keys.size() < 1024 * dim) r.keys.insert(r.keys.end(), key.begin(), key.end());
+  }
+  for (const double x : sum)
+    r.centre.push_back(static_cast<float>(x / static_cast<double>(std::max<index_t>(1, head.size()))));
+  return r;
+}
+
+}  // namespace vattn::examples

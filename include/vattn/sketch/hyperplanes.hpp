@@ -1,0 +1,122 @@
+// Random hyperplanes: the sign bits from which locality-sensitive hashes are made.
+#pragma once
+
+#include <cmath>
+#include <memory>
+#include <numbers>
+#include <vector>
+
+#include "vattn/kernel/row.hpp"
+#include "vattn/sample/philox.hpp"
+
+namespace vattn::sketch {
+
+/// `count` directions of independent N(0, 1) coordinates, a function of (dim, count, seed) alone. Two vectors at an
+/// angle θ lie on the same side of one with probability 1 − θ/π (Charikar, STOC 2002). Copies share the memory,
+/// count·dim floats.
+class hyperplanes {
+ public:
+  hyperplanes() = default;
+  hyperplanes(index_t dim, index_t count, std::uint64_t seed) : dim_(dim), count_(count), seed_(seed) {
+    auto normals = std::make_shared<std::vector<float>>(static_cast<std::size_t>(dim * count));
+    random_stream random({.seed = seed, .layer = purpose}, 0);
+    for (float& x : *normals) {  // Box and Muller; 0 is never drawn
+      const double u = (random.next() + 0.5) * 0x1p-32, angle = random.next() * (2 * std::numbers::pi * 0x1p-32);
+      x = static_cast<float>(std::sqrt(-2 * std::log(u)) * std::cos(angle));
+    }
+    normals_ = std::move(normals);
+  }
+
+  [[nodiscard]] index_t dim() const noexcept { return dim_; }
+  [[nodiscard]] index_t count() const noexcept { return count_; }
+  [[nodiscard]] std::uint64_t seed() const noexcept { return seed_; }
+
+  /// out[i] = ⟨normal i, x⟩; x [dim], out [count].
+  void project(const float* x, float* out) const noexcept {
+    const kernel::const_float_map v(x, static_cast<Eigen::Index>(dim_));
+    for (index_t i = 0; i < count_; ++i) out[i] = kernel::const_float_map(normals_->data() + i * dim_, v.size()).dot(v);
+  }
+
+ private:
+  static constexpr std::uint32_t purpose = 0x48595045;  // keeps these apart from any layer's draws
+  index_t dim_ = 0, count_ = 0;
+  std::uint64_t seed_ = 0;
+  std::shared_ptr<const std::vector<float>> normals_;
+};
+
+/// Hash tables over keys: of each key, `tables` buckets of `bits` sign bits each, bit p of table l the side of
+/// hyperplane l·bits + p. Keys are centred by a mean that is given once (softmax does not see it, angles do).
+/// What MagicPIG and SOCKET share. 2·tables bytes a key.
+class hash_tables {
+ public:
+  hash_tables() = default;
+  /// bits 1 to 16; `centre` [dim], or empty for none.
+  hash_tables(index_t dim, index_t bits, index_t tables, std::uint64_t seed, std::vector<float> centre)
+      : bits_(bits), tables_(tables), planes_(dim, bits * tables, seed), centre_(std::move(centre)) {
+    centre_.resize(static_cast<std::size_t>(dim));
+    allocate();
+  }
+
+  [[nodiscard]] index_t size() const noexcept { return tables_ ? static_cast<index_t>(buckets_.size()) / tables_ : 0; }
+  [[nodiscard]] index_t bits() const noexcept { return bits_; }
+  [[nodiscard]] index_t tables() const noexcept { return tables_; }
+  [[nodiscard]] index_t dim() const noexcept { return planes_.dim(); }
+  [[nodiscard]] std::size_t bytes() const noexcept { return buckets_.size() * sizeof(std::uint16_t); }
+  /// Projections of a query on all hyperplanes.
+  [[nodiscard]] std::size_t projections() const noexcept { return static_cast<std::size_t>(planes_.count()); }
+  [[nodiscard]] const std::vector<float>& centre() const noexcept { return centre_; }
+
+  /// Adds a key; returns the norm of what is left of it after centring.
+  template <kernel::row R>
+  float append(const R& key) {
+    using kernel::load;
+    load(key, key_.data());
+    for (std::size_t j = 0; j < key_.size(); ++j) key_[j] -= centre_[j];
+    planes_.project(key_.data(), projected_.data());
+    for (index_t l = 0; l < tables_; ++l) buckets_.push_back(static_cast<std::uint16_t>(bucket(projected_.data(), l)));
+    return kernel::const_float_map(key_.data(), static_cast<Eigen::Index>(key_.size())).norm();
+  }
+  void truncate(index_t n) {
+    if (n < size()) buckets_.resize(static_cast<std::size_t>(std::max<index_t>(n, 0) * tables_));
+  }
+
+  void project(const float* query, float* out) const noexcept { planes_.project(query, out); }
+  [[nodiscard]] std::uint32_t bucket(const float* projected, index_t table) const noexcept {
+    std::uint32_t b = 0;
+    for (index_t p = 0; p < bits_; ++p) b |= static_cast<std::uint32_t>(projected[table * bits_ + p] >= 0) << p;
+    return b;
+  }
+  /// The buckets of a token, [tables].
+  [[nodiscard]] const std::uint16_t* of(index_t token) const noexcept { return buckets_.data() + token * tables_; }
+
+  template <class Archive>
+  void archive(Archive& a) {
+    index_t dim = planes_.dim();
+    std::uint64_t seed = planes_.seed();
+    a(bits_, tables_, dim, seed, centre_, buckets_);
+    const bool sane = bits_ >= 1 && bits_ <= 16 && tables_ >= 0 && tables_ <= 4096 && dim >= 0 && dim <= 65536;
+    if (!sane) {
+      bits_ = 0;  // invalid
+    } else if (dim != planes_.dim() || seed != planes_.seed() || bits_ * tables_ != planes_.count()) {
+      planes_ = hyperplanes(dim, bits_ * tables_, seed);
+      allocate();
+    }
+  }
+  [[nodiscard]] bool valid() const noexcept {
+    return bits_ >= 1 && centre_.size() == static_cast<std::size_t>(dim()) &&
+           (tables_ == 0 ? buckets_.empty() : buckets_.size() % static_cast<std::size_t>(tables_) == 0);
+  }
+
+ private:
+  void allocate() {
+    key_.resize(static_cast<std::size_t>(planes_.dim()));
+    projected_.resize(projections());
+  }
+
+  index_t bits_ = 0, tables_ = 0;
+  hyperplanes planes_;
+  std::vector<float> centre_, key_, projected_;
+  std::vector<std::uint16_t> buckets_;  // [n, tables]
+};
+
+}  // namespace vattn::sketch
