@@ -10,8 +10,12 @@
 #include "vattn/select/index.hpp"       // what is known of keys without reading them
 #include "vattn/runtime/archive.hpp"    // what an index keeps, saved and loaded
 #include "vattn/sketch/codes.hpp"       // keys in a few bits
-#include "vattn/select/magic_pig.hpp"   // selectors of the literature
+#include "vattn/select/quest.hpp"       // selectors of the literature
+#include "vattn/select/double_sparsity.hpp"
+#include "vattn/select/hash_attention.hpp"
+#include "vattn/select/magic_pig.hpp"
 #include "vattn/select/socket.hpp"
+#include "vattn/select/random_ranking.hpp"
 #include "vattn/select/calibrated.hpp"  // any of them as estimates
 #include "vattn/sample/uniform.hpp"     // what is drawn
 #include "vattn/estimate/residual.hpp"  // what the draw says
