@@ -68,6 +68,7 @@ struct scored {
   std::vector<float> scores, errors;  ///< as they are
   std::vector<float> logits, sigma;   ///< as estimates, calibrated where the scores are none
   std::vector<float> bounds;          ///< upper bounds of the logits, or empty
+  std::vector<float> above;           ///< bounds as far as the stated errors are true, or empty
   index_t rows_read = 0;              ///< by the calibration
   double ns_per_token = 0;
 };
@@ -93,6 +94,8 @@ scored score_with(const std::vector<Index>& index, const query_row<Head>& row, i
   s.sigma.resize(size);
   if constexpr (Index::estimates) {
     s.sigma = s.errors;
+    s.above.resize(size);
+    for (std::size_t i = 0; i < size; ++i) s.above[i] = s.scores[i] + select::upper_scores<Index>{}.times * s.errors[i];
     const float times = index[0].bound_over_error();
     if (std::isfinite(times)) {
       s.bounds.resize(size);
@@ -102,7 +105,7 @@ scored score_with(const std::vector<Index>& index, const query_row<Head>& row, i
     const select::calibrated<select::indexed<Index>> fitted{selector};
     scratch.resize(fitted.scratch_size());
     s.rows_read = fitted.score(row, tokens, {s.logits, s.sigma, centre, scratch}).rows_read;
-    if (Index::upper_bounds) s.bounds = s.scores;
+    if (Index::upper_bounds) s.bounds = s.above = s.scores;
   }
   return s;
 }
@@ -159,7 +162,7 @@ class comparison {
       }
       scored oracle;
       for (const double l : p->logits()) oracle.scores.push_back(static_cast<float>(l));
-      oracle.logits = oracle.bounds = oracle.scores;
+      oracle.logits = oracle.bounds = oracle.above = oracle.scores;
       oracle.errors.assign(oracle.scores.size(), 0);
       oracle.sigma = oracle.errors;
       methods(s, *p, "oracle", oracle, {.recall = 1});
@@ -240,7 +243,11 @@ class comparison {
     const remembered estimates{&said.logits, &said.sigma, score_kind::logit, said.rows_read};
     for (const double epsilon : o_.epsilons) {
       measure(s, p, selector, "uniform", epsilon, 0, f, [&](const draw_key& key) {
-        return attend<policy<sample::uniform_without_replacement>>(p, epsilon, ranks, key);
+        using uniform = sample::uniform_without_replacement;
+        if (said.above.empty()) return attend<policy<uniform>>(p, epsilon, ranks, key);
+        select::top_k<select::contributions<remembered>> guarded;
+        static_cast<remembered&>(guarded) = {&said.above, &said.errors, score_kind::logit, 0};
+        return attend<policy<uniform, budget::clt, decltype(guarded)>>(p, epsilon, guarded, key);
       });
       measure(s, p, selector, "importance", epsilon, 0, f,
               [&](const draw_key& key) { return attend<policy<sample::by_importance>>(p, epsilon, estimates, key); });

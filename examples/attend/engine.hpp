@@ -211,8 +211,11 @@ class engine_of {
             if (request_.two_phases)
               return attend_with<sampled_policy<select::two_phase<index, index>, sample::in_two_phases, budget::clt>>(
                   {{coarse_}, {heads}}, result, key, exec);
-            return request_.sampler == sampler_kind::importance ? sample_by_importance(selector, result, key, exec)
-                                                                : sample_uniformly(selector, result, key, exec);
+            if (request_.sampler == sampler_kind::importance) return sample_by_importance(selector, result, key, exec);
+            // What a token may move at most, as far as its score can be trusted: ranks, and guards what is not read.
+            select::top_k<select::contributions<select::upper_scores<index>>> guarded;
+            guarded.heads = heads;
+            return sample_uniformly(guarded, result, key, exec);
           } else if constexpr (index::upper_bounds) {
             if (request_.bound == bound_kind::bernstein)
               return attend_with<sampled_policy<select::indexed<index>, sample::by_importance, budget::bernstein>>(

@@ -15,7 +15,7 @@ namespace vattn {
 /// Both phases keep token i by the same permanent number: candidates are {u_i < prior_i}, the sample is
 /// {u_i < π_i} with π_i <= prior_i, so the two together are one Poisson sample with probabilities π_i, known
 /// exactly. The fine score is computed for candidates alone. Where the candidates turn out too few (their
-/// probabilities cap what a head needs, or the coarse floors were too low) the first phase is widened, eightfold
+/// probabilities cap what a head needs, or the coarse floors were too low) the first phase is widened, threefold
 /// each time, and at last everything is read.
 template <bound B, class Selector, kv_head Head>
 void attend_in_two_phases(head_group<Head>& group, const config& settings, const Selector& selector,
@@ -28,7 +28,7 @@ void attend_in_two_phases(head_group<Head>& group, const config& settings, const
 
   double share = widening * shape.pilot;
   std::array<bool, static_cast<std::size_t>(max_shared)> ended{};
-  for (int attempt = 0; attempt < 3; ++attempt, share *= 8) {
+  for (int attempt = 0; attempt < 4; ++attempt, share *= 3) {
     // Phase 1: coarse scores of every token, candidates for the heads together.
     std::array<sample::importance, static_cast<std::size_t>(max_shared)> pi{};
     std::array<double, static_cast<std::size_t>(max_shared)> floor{}, offset{};
@@ -55,7 +55,8 @@ void attend_in_two_phases(head_group<Head>& group, const config& settings, const
           -p.top() - std::log(shape.kappa * settings.epsilon * 10 * p.offset() * sum);  // T is about the mean r
       const double log_own = std::isfinite(task.log_floor) ? task.log_floor + 0.3 : guess;
       floor[static_cast<std::size_t>(g)] = std::exp(p.top() + log_own);
-      offset[static_cast<std::size_t>(g)] = std::max(p.offset(), task.offset);
+      // Half of the mean r costs few candidates; outputs further from the centre than that take a second attempt.
+      offset[static_cast<std::size_t>(g)] = std::max(5 * p.offset(), 1.1 * task.offset);
       frame.log_floor = std::min(frame.log_floor, log_own);
       frame.offset = std::min(frame.offset, offset[static_cast<std::size_t>(g)]);
     }

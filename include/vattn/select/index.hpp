@@ -117,25 +117,25 @@ struct two_phase {
   index_t heavy_count(const ranking& r, index_t n, const config& c) const noexcept { return fine.heavy_count(r, n, c); }
 };
 
-/// What an index's scores and their hard error bounds allow the logits to be: upper bounds, for guarantees that
-/// rest on no estimate. Needs errors that bound (`bound_over_error()` finite).
+/// What an index's scores and their errors allow the logits to be: scores plus `times` their error scales, after
+/// cap, mask and bias, which map bounds to bounds. Ranks the tokens that may be heavy, and says how heavy the others
+/// may be at most.
 template <key_index Index>
-struct hard_bounds {
-  static_assert(Index::estimates, "hard_bounds<Index>: the index must state its errors, as sketch::key_codes do");
-  static constexpr bool upper_bounds = true;
+struct upper_scores {
+  static_assert(Index::estimates, "upper_scores<Index>: the index must state its errors, as sketch::key_codes do");
   static constexpr bool wants_errors = true;
 
   std::span<const Index> heads;
+  /// As the importance floor's z: of honest scores 3 in 1000 are further off.
+  float times = 2.75f;
 
   [[nodiscard]] std::size_t scratch_size() const noexcept { return indexed<Index>{heads}.scratch_size(); }
   template <kv_head Head>
   score_result score(const query_row<Head>& row, const population& tokens, const score_buffers& out) const noexcept {
-    // Cap, mask and bias are applied to the bound, which they map to a bound.
     query_row<Head> bare = row;
     bare.softcap = 0, bare.alibi_slope = 0, bare.mask = {};
     const score_result r = indexed<Index>{heads}.score(bare, tokens, out);
-    if (!r.ok || tokens.size() == 0) return r;
-    const float times = heads[static_cast<std::size_t>(row.kv_head)].bound_over_error();
+    if (!r.ok) return r;
     bool finite = true;
     for (index_t j = 0; j < tokens.size(); ++j) {
       const auto at = static_cast<std::size_t>(j);
@@ -147,6 +147,17 @@ struct hard_bounds {
   index_t heavy_count(const ranking& r, index_t n, const config& c) const noexcept {
     return top_k<exact_logits>{}.heavy_count(r, n, c);
   }
+};
+
+/// The same with the hard bound of the errors (`bound_over_error()` finite): no logit exceeds its score, for
+/// guarantees that rest on no estimate.
+template <key_index Index>
+struct hard_bounds : upper_scores<Index> {
+  static constexpr bool upper_bounds = true;
+
+  hard_bounds() = default;
+  hard_bounds(std::span<const Index> indices) noexcept
+      : upper_scores<Index>{indices, indices.empty() ? 0 : indices.front().bound_over_error()} {}
 };
 
 }  // namespace select
