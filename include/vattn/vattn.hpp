@@ -10,6 +10,7 @@
 #include "vattn/select/index.hpp"       // what is known of keys without reading them
 #include "vattn/runtime/archive.hpp"    // what an index keeps, saved and loaded
 #include "vattn/sketch/codes.hpp"       // keys in a few bits
+#include "vattn/sketch/product_codes.hpp"  // and in learned ones
 #include "vattn/select/magic_pig.hpp"   // selectors of the literature
 #include "vattn/select/socket.hpp"
 #include "vattn/select/calibrated.hpp"  // any of them as estimates
