@@ -11,7 +11,8 @@
 #include "vattn/runtime/archive.hpp"    // what an index keeps, saved and loaded
 #include "vattn/sketch/codes.hpp"       // keys in a few bits
 #include "vattn/sketch/product_codes.hpp"  // and in learned ones
-#include "vattn/select/magic_pig.hpp"   // selectors of the literature
+#include "vattn/select/pq_cache.hpp"    // selectors of the literature
+#include "vattn/select/magic_pig.hpp"
 #include "vattn/select/socket.hpp"
 #include "vattn/select/calibrated.hpp"  // any of them as estimates
 #include "vattn/sample/uniform.hpp"     // what is drawn
