@@ -32,10 +32,10 @@ struct cell {
 class problem {
  public:
   problem(std::string_view regime, std::string_view values, index_t n, index_t dim, std::uint64_t seed)
-      : cache_(synthetic::make_cache(regime, values, n, dim, seed)),
-        norms_(static_cast<std::size_t>(n)),
-        centre_(width()),
-        output_(width()) {
+      : problem(synthetic::make_cache(regime, values, n, dim, seed)) {}
+
+  explicit problem(synthetic::cache c)
+      : cache_(std::move(c)), norms_(static_cast<std::size_t>(cache_.n)), centre_(width()), output_(width()) {
     keep_norms();
     solve();
   }
@@ -57,6 +57,10 @@ class problem {
     return {.output = {output_.data(), {1, 1, 1, dim}}, .certificates = {&proof_, {1, 1, 1}}};
   }
   [[nodiscard]] workspace& memory() { return memory_; }
+
+  [[nodiscard]] index_t n() const { return cache_.n; }
+  [[nodiscard]] index_t dim() const { return cache_.dim; }
+  [[nodiscard]] const std::vector<double>& logits() const { return logits_; }
 
   /// Of the latest call.
   [[nodiscard]] const certificate& proof() const { return proof_; }
@@ -92,7 +96,8 @@ class problem {
   // o, ‖o‖² and the mean square of the attended values, in double.
   void solve() {
     const std::size_t n = norms_.size();
-    std::vector<double> logits(n);
+    std::vector<double>& logits = logits_;
+    logits.assign(n, 0);
     double highest = -std::numeric_limits<double>::infinity();
     for (std::size_t i = 0; i < n; ++i) {
       for (std::size_t j = 0; j < width(); ++j) logits[i] += double{cache_.q[j]} * cache_.k[i * width() + j];
@@ -118,9 +123,10 @@ class problem {
   }
 
   synthetic::cache cache_;
-  std::vector<float> norms_;   // [n]
-  std::vector<float> centre_;  // [dim]
-  std::vector<double> truth_;  // [dim]
+  std::vector<float> norms_;    // [n]
+  std::vector<float> centre_;   // [dim]
+  std::vector<double> logits_;  // [n]
+  std::vector<double> truth_;   // [dim]
   double norm2_ = 0, power_ = 0;
   std::vector<float> output_;  // [dim]
   certificate proof_;

@@ -18,10 +18,10 @@ struct row_budget {
 
 /// Attention from the rows of `budget` alone. Shapes, errors and memory as `vattention`; the certificates
 /// say what was read, `guarantee::none`, and `exact` where the budget comes to every row.
-template <class Q, kv_cache KV, executor E = serial_executor>
+template <class Q, kv_cache KV, executor E = serial_executor, class Selector = select::exact_logits>
 status fixed_budget(const tensor_view<const Q, 4>& q, const KV& cache, const attention_options& options,
                     const attention_result& result, workspace& memory, const row_budget& budget,
-                    const draw_key& key = {}, E&& exec = E{}) noexcept {
+                    const draw_key& key = {}, E&& exec = E{}, const Selector& selector = {}) noexcept {
   using sampler = sample::uniform_without_replacement;
   if (status s = check_call(q, cache, options, result); !s) return s;
   const index_t longest_n = longest(cache);
@@ -30,6 +30,7 @@ status fixed_budget(const tensor_view<const Q, 4>& q, const KV& cache, const att
   };
   const scratch::sparse_sizes sizes{.drawn = static_cast<std::size_t>(share(budget.sampled, longest_n)),
                                     .table = sampler::table_size(static_cast<ordinal>(longest_n)),
+                                    .selector = selector_scratch(selector),
                                     .sampled = true,
                                     .ranked = true};
   const auto attend = [&](const auto& row, const population& tokens, const random_stream& stream, scratch& s,
@@ -42,10 +43,10 @@ status fixed_budget(const tensor_view<const Q, 4>& q, const KV& cache, const att
     if (sinks + window + heavy + sampled >= n) return attend_exactly(row, tokens, s, state, c);
 
     if (heavy > 0) {
-      for (index_t j = 0; j < n; ++j) {
-        const float logit = s.scores[static_cast<std::size_t>(j)] = row.logit(tokens[j]);
-        if (!std::isfinite(logit)) return false;
-      }
+      const score_result scored =
+          selector.score(row, tokens, {s.scores.first(static_cast<std::size_t>(n)), {}, s.value_centre, s.selector});
+      s.lagging = scored.lagging;
+      if (!scored.ok) return false;
       order.extend(heavy);
     }
     c.rows_exact = sinks + window + heavy;

@@ -50,6 +50,16 @@ struct selector_entry {
              return estimate(sketch::key_codes<4>(r.dim, r.seed));
          }
        }},
+      {"quest", "bounds of pages of 16 tokens from the extremes of their keys (arXiv 2406.10774)",
+       [](const index_request& r) -> index_variant { return any_index<score_says::bound>(select::quest(r.dim)); }},
+      {"double-sparsity", "a quarter of the channels at 4 bits, chosen by the size of the keys (arXiv 2408.07092)",
+       [](const index_request& r) -> index_variant {
+         return order(select::double_sparsity(select::heavy_channels({}, r.keys, r.dim, (r.dim + 3) / 4)));
+       }},
+      {"simhash", "32 random sign bits; hash_attention untrained (arXiv 2412.14468)",
+       [](const index_request& r) -> index_variant {
+         return order(select::hash_attention(select::simhash_map(r.dim, 32, r.seed)));
+       }},
       {"magic-pig", "collisions in 150 hash tables of 10 sign bits (arXiv 2410.16179)",
        [](const index_request& r) -> index_variant {
          return order(select::magic_pig(r.dim, 10, 150, r.seed, r.centre));
@@ -58,6 +68,8 @@ struct selector_entry {
        [](const index_request& r) -> index_variant {
          return order(select::socket(r.dim, 10, 60, 0.3, r.seed, r.centre));
        }},
+      {"random", "scores that know nothing: the baseline",
+       [](const index_request& r) -> index_variant { return order(select::random_ranking(r.seed)); }},
   };
   return all;
 }

@@ -11,9 +11,13 @@
 #include "vattn/runtime/archive.hpp"    // what an index keeps, saved and loaded
 #include "vattn/sketch/codes.hpp"       // keys in a few bits
 #include "vattn/sketch/product_codes.hpp"  // and in learned ones
-#include "vattn/select/pq_cache.hpp"    // selectors of the literature
+#include "vattn/select/quest.hpp"       // selectors of the literature
+#include "vattn/select/double_sparsity.hpp"
+#include "vattn/select/hash_attention.hpp"
+#include "vattn/select/pq_cache.hpp"
 #include "vattn/select/magic_pig.hpp"
 #include "vattn/select/socket.hpp"
+#include "vattn/select/random_ranking.hpp"
 #include "vattn/select/calibrated.hpp"  // any of them as estimates
 #include "vattn/sample/uniform.hpp"     // what is drawn
 #include "vattn/estimate/residual.hpp"  // what the draw says

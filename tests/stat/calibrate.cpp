@@ -11,8 +11,8 @@
 
 #include "stat/binomial.hpp"
 #include "stat/experiment.hpp"
-#include "support/npy.hpp"
 #include "support/progress.hpp"
+#include "support/real_tensors.hpp"
 
 namespace {
 
@@ -71,43 +71,14 @@ std::vector<source> synthetic_sources(const options& o) {
   return sources;
 }
 
-// layer{L}_{q,k,v}.npy in each folder of `--real`: every query token and head is a problem of its own.
+// Every query token and head of `--real` is a problem of its own.
 std::vector<source> real_sources(const std::string& prefix) {
-  struct tensors {
-    npy::array q, k, v;
-  };
-  auto t = std::make_shared<tensors>();
-  t->q = npy::read(prefix + "_q.npy");
-  t->k = npy::read(prefix + "_k.npy");
-  t->v = npy::read(prefix + "_v.npy");
-  if (t->q.shape.size() != 3 || t->k.shape.size() != 3 || t->v.shape != t->k.shape ||
-      t->q.type != npy::dtype::float32 || t->k.type != npy::dtype::float16) {
-    throw std::runtime_error(prefix + ": expected q float32 [T, Hq, D], k and v float16 [n, Hkv, D]");
-  }
+  const auto t = std::make_shared<const support::real_tensors>(prefix);
   std::vector<source> sources;
-  const index_t queries = t->q.shape[0], heads = t->q.shape[1], dim = t->q.shape[2], n = t->k.shape[0],
-                kv_heads = t->k.shape[1];
-  for (index_t h = 0; h < heads; ++h) {
-    for (index_t i = 0; i < queries; ++i) {
+  for (index_t h = 0; h < t->heads(); ++h) {
+    for (index_t i = 0; i < t->queries(); ++i) {
       sources.push_back(
-          {prefix.substr(prefix.find_last_of('/', prefix.find_last_of('/') - 1) + 1) + "/head" + std::to_string(h),
-           "query" + std::to_string(i), [=] {
-             synthetic::cache c;
-             c.n = n - queries + i + 1;
-             c.dim = dim;
-             const auto q = t->q.as<float>().subspan(static_cast<std::size_t>((i * heads + h) * dim),
-                                                     static_cast<std::size_t>(dim));
-             c.q.assign(q.begin(), q.end());
-             const auto k = t->k.as<std::uint16_t>(), v = t->v.as<std::uint16_t>();
-             for (index_t token = 0; token < c.n; ++token) {
-               const auto at = static_cast<std::size_t>((token * kv_heads + h / (heads / kv_heads)) * dim);
-               for (std::size_t j = 0; j < static_cast<std::size_t>(dim); ++j) {
-                 c.k.push_back(kernel::half_to_float(k[at + j]));
-                 c.v.push_back(kernel::half_to_float(v[at + j]));
-               }
-             }
-             return c;
-           }});
+          {t->name() + "/head" + std::to_string(h), "query" + std::to_string(i), [=] { return t->cache(h, i); }});
     }
   }
   return sources;

@@ -1,38 +1,20 @@
-// PQCache: the ranking against its definition, growth, saving.
+// PQCache: the ranking against its definition, growth.
 #include <cmath>
 #include <random>
 #include <vattn/vattn.hpp>
 #include <vector>
 
 #include "support/catch.hpp"
+#include "unit/select/growth.hpp"
 
 namespace {
 
 using namespace vattn;
 
-static_assert(key_index<select::pq_cache>);
-static_assert(archivable<select::pq_cache>);
+using test::scores_of;
+using test::vectors;
+
 static_assert(!select::pq_cache::estimates);
-
-struct vectors {
-  index_t n, dim;
-  std::vector<float> keys, query;
-  vectors(index_t count, index_t width, unsigned seed) : n(count), dim(width) {
-    std::mt19937 random(seed);
-    std::normal_distribution<float> normal;
-    for (index_t i = 0; i < n * dim; ++i) keys.push_back(normal(random));
-    for (index_t j = 0; j < dim; ++j) query.push_back(normal(random));
-  }
-  [[nodiscard]] std::span<const float> key(index_t i) const {
-    return std::span<const float>(keys).subspan(static_cast<std::size_t>(i * dim), static_cast<std::size_t>(dim));
-  }
-};
-
-std::vector<float> scores_of(const select::pq_cache& index, const vectors& v, index_t first = 0) {
-  std::vector<float> scores(static_cast<std::size_t>(index.size() - first)), scratch(index.scratch_size());
-  index.score(v.query.data(), first, scores, {}, scratch);
-  return scores;
-}
 
 }  // namespace
 
@@ -103,19 +85,11 @@ TEST_CASE("PQCache grows, forgets and is saved", "[select][pq_cache]") {
     for (index_t i = cut; i < v.n; ++i) index.append(v.key(i));
     CHECK(save(index) == save(whole));
   }
-  const std::vector<float> all = scores_of(whole, v), tail = scores_of(whole, v, 301);
-  CHECK(std::vector<float>(all.begin() + 301, all.end()) == tail);
-  select::pq_cache loaded;
-  REQUIRE(load(save(whole), loaded).ok());
-  CHECK(scores_of(loaded, v) == all);
-  std::vector<std::byte> cut = save(whole);
-  cut.pop_back();
-  CHECK_FALSE(load(cut, loaded).ok());
+  test::check_growth(empty, v);
   sketch::product_codes other;
   CHECK_FALSE(load(save(whole), other).ok());  // another format
   whole.clear();
   CHECK(save(whole) == save(empty));
-  CHECK(whole.bytes() == 0);
 }
 
 TEST_CASE("PQCache ranks the best tokens of clustered keys first", "[select][pq_cache]") {

@@ -1,0 +1,126 @@
+// Quest: pages of keys, ranked by the most that any of their logits can be.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <span>
+#include <string_view>
+#include <vector>
+
+#include "vattn/kernel/row.hpp"
+
+namespace vattn::select {
+
+/// Of each page of tokens the smallest and the largest key in every channel; a page scores Σ_d max(q_d min_d, q_d
+/// max_d), which no logit in it exceeds, and each of its tokens scores as the page. Source: Quest, arXiv 2406.10774,
+/// page_size = 16. When to use: keys of neighbours are alike (real caches), and hard bounds are wanted for little
+/// memory, 8·dk/page_size bytes a token; on keys without order the bounds say nothing.
+///
+/// A truncation inside the last page is exact, as its keys are kept; a page that loses tokens when it was no longer
+/// the last keeps its extremes, which still bound what is left of it.
+class quest {
+ public:
+  static constexpr bool estimates = false;
+  static constexpr bool upper_bounds = true;
+
+  quest() = default;
+  explicit quest(index_t dim, index_t page_size = 16)
+      : dim_(static_cast<std::size_t>(dim)), page_(static_cast<std::size_t>(page_size)) {}
+
+  [[nodiscard]] index_t size() const noexcept { return static_cast<index_t>(size_); }
+  [[nodiscard]] index_t page_size() const noexcept { return static_cast<index_t>(page_); }
+  [[nodiscard]] std::size_t bytes() const noexcept { return (extremes_.size() + last_.size()) * sizeof(float); }
+  [[nodiscard]] std::size_t scratch_size() const noexcept { return 0; }
+
+  template <kernel::row R>
+  void append(const R& key) {
+    using kernel::load;
+    const std::size_t in_page = size_ % page_;
+    if (in_page == 0) {
+      last_.clear();
+      extremes_.insert(extremes_.end(), dim_, std::numeric_limits<float>::infinity());
+      extremes_.insert(extremes_.end(), dim_, -std::numeric_limits<float>::infinity());
+      kept_ = true;
+    }
+    if (!kept_) {  // the page was cut by a truncation: its own keys are gone, its extremes are not
+      buffer_.resize(dim_);
+      load(key, buffer_.data());
+      widen(buffer_.data());
+    } else {
+      last_.resize((in_page + 1) * dim_);
+      load(key, last_.data() + in_page * dim_);
+      widen(last_.data() + in_page * dim_);
+    }
+    ++size_;
+  }
+
+  void truncate(index_t n) {
+    const auto to = static_cast<std::size_t>(std::max<index_t>(n, 0));
+    if (to >= size_) return;
+    const std::size_t page = to / page_, in_page = to % page_;
+    const bool in_last = kept_ && page == (size_ - 1) / page_;
+    size_ = to;
+    extremes_.resize((page + (in_page != 0)) * 2 * dim_);
+    if (in_page == 0) {
+      last_.clear();
+      return;
+    }
+    if (!in_last) {
+      kept_ = false;
+      last_.clear();
+      return;
+    }
+    last_.resize(in_page * dim_);
+    std::fill_n(minimum(page), dim_, std::numeric_limits<float>::infinity());
+    std::fill_n(minimum(page) + dim_, dim_, -std::numeric_limits<float>::infinity());
+    for (std::size_t i = 0; i < in_page; ++i) widen(last_.data() + i * dim_);
+  }
+  void clear() { truncate(0); }
+
+  void score(const float* scaled_query, index_t first, std::span<float> scores, std::span<float>,
+             std::span<float>) const noexcept {
+    const auto n = static_cast<Eigen::Index>(dim_);
+    const Eigen::Map<const Eigen::ArrayXf> q(scaled_query, n);
+    auto token = static_cast<std::size_t>(first);
+    for (std::size_t i = 0; i < scores.size();) {
+      const std::size_t page = token / page_, end = (page + 1) * page_;
+      const Eigen::Map<const Eigen::ArrayXf> low(minimum(page), n), high(minimum(page) + dim_, n);
+      const auto most = (q * low).max(q * high);
+      // The sum and the dot products that it bounds are both rounded: each by at most dim·2⁻²⁴ of Σ|q_d k_d|.
+      const float slack = static_cast<float>(dim_) * 0x1p-22f * (q.abs() * low.abs().max(high.abs())).sum();
+      const float bound = most.sum() + slack;
+      for (; i < scores.size() && token < end; ++i, ++token) scores[i] = bound;
+    }
+  }
+
+  static constexpr std::string_view format() noexcept { return "quest v1"; }
+  template <class Archive>
+  void archive(Archive& a) {
+    a(dim_, page_, size_, kept_, extremes_, last_);
+  }
+  [[nodiscard]] bool valid() const noexcept {
+    return page_ > 0 && dim_ <= (std::size_t{1} << 20) && size_ / page_ <= extremes_.size() &&
+           extremes_.size() == (size_ + page_ - 1) / page_ * 2 * dim_ && last_.size() <= page_ * dim_;
+  }
+
+ private:
+  // Of a page: [dim] smallest, then [dim] largest.
+  [[nodiscard]] float* minimum(std::size_t page) noexcept { return extremes_.data() + page * 2 * dim_; }
+  [[nodiscard]] const float* minimum(std::size_t page) const noexcept { return extremes_.data() + page * 2 * dim_; }
+  void widen(const float* key) noexcept {
+    float* low = extremes_.data() + extremes_.size() - 2 * dim_;
+    for (std::size_t j = 0; j < dim_; ++j) {
+      low[j] = std::min(low[j], key[j]);
+      low[dim_ + j] = std::max(low[dim_ + j], key[j]);
+    }
+  }
+
+  std::size_t dim_ = 0, page_ = 16, size_ = 0;
+  bool kept_ = true;             // last_ holds all keys of the last page
+  std::vector<float> extremes_;  // [pages, 2, dim]
+  std::vector<float> last_;      // [tokens of the last page, dim]
+  std::vector<float> buffer_;
+};
+
+}  // namespace vattn::select
