@@ -36,9 +36,10 @@ namespace vattn {
 struct sampling_frame {
   index_t n = 0;                      ///< tokens that the query sees
   std::span<const float> prior = {};  ///< [tokens], probability with which the first phase kept each
-  /// log of the λ e^{-reference} that the first phase's own floors had: a token that its score hid from that
-  /// phase is covered up to it.
+  /// log of the λ e^{-reference} and the K that the first phase's own floors had: a token that its score hid from
+  /// that phase is covered up to them.
   double log_floor = std::numeric_limits<double>::infinity();
+  double offset = std::numeric_limits<double>::infinity();
 };
 
 namespace detail {
@@ -48,12 +49,15 @@ template <bound B>
 struct importance_head {
   sample::importance pi;
   softmax_state exact;
-  double share = 0, floor = 0, entered_share = 0, entered_floor = 0;
+  double share = 0, floor = 0, offset = 0;                          // c, λ and K that are wanted,
+  double entered_share = 0, entered_floor = 0, entered_offset = 0;  // and that the sample has
   index_t breaches = 0, scoring_rows = 0;
   bool done = false;
 
-  [[nodiscard]] double wanted(index_t i) const noexcept { return pi.probability(i, share, floor); }
-  [[nodiscard]] double entered(index_t i) const noexcept { return pi.probability(i, entered_share, entered_floor); }
+  [[nodiscard]] double wanted(index_t i) const noexcept { return pi.probability(i, share, floor, offset); }
+  [[nodiscard]] double entered(index_t i) const noexcept {
+    return pi.probability(i, entered_share, entered_floor, entered_offset);
+  }
 
   [[nodiscard]] static double squared_radius(double variance, double dimension, double dof, index_t rows,
                                              double delta) noexcept {
@@ -82,14 +86,12 @@ struct importance_head {
     if (!scored.ok) return false;
     scoring_rows = scored.rows_read;
 
-    // A token can move the output by x‖v − ô‖; a tenth of the mean distance stands for ô ≠ centre.
     const auto distance = select::value_distances(task.row.head, tokens, s.value_centre);
-    double mean = 0;
-    for (index_t j = 0; j < n; ++j) mean += distance(tokens[j]) / static_cast<double>(n);
-    const auto value = [&](index_t j) { return distance(tokens[j]) + 0.1f * static_cast<float>(mean); };
-    pi = sample::importance(s.weights, s.floors, frame.prior);
-    pi.prepare(scores, errors, value, settings.sinks, n - settings.window, tempering(scores, errors, s.spare), shape,
-               s.spare);
+    pi = sample::importance(s.weights, s.floors, s.reaches, frame.prior);
+    pi.prepare(
+        scores, errors, [&](index_t j) { return distance(tokens[j]); }, settings.sinks, n - settings.window,
+        tempering(scores, errors, s.reaches), shape);
+    offset = pi.offset();
     share = shape.pilot;
 
     exact = softmax_state(s.offset);
@@ -116,12 +118,23 @@ struct importance_head {
         settings.scale == error_scale::rms ? e.power : std::max(e.output2 - e.variance, e.output2 / 4);
     const double error2 = squared_radius(e.variance, e.dimension, e.dof, count, settings.delta);
     const double goal2 = settings.epsilon * settings.epsilon * scale2;
-    // A token that is missed although it may weigh f must cost at most κ·ε·T.
-    const double log_needed = -e.reference - std::log(shape.kappa * std::sqrt(goal2) * e.denominator);
+    // A token that is missed although it may move the output by f must cost at most κ·ε·T. What moves it is
+    // x‖v − ô‖, at most x(r + ‖ô − centre‖).
+    const kernel::const_float_map o(s.centre.data(), static_cast<Eigen::Index>(s.centre.size()));
+    const kernel::const_float_map centre(s.value_centre.data(), static_cast<Eigen::Index>(s.value_centre.size()));
+    const double away = static_cast<double>((o - centre).norm());
+    // Near the cap less: there only samples stop that look better than they are, and what makes them look so is a
+    // token that they miss.
+    const double room = static_cast<double>(count) / (settings.max_density * static_cast<double>(frame.n));
+    const double kappa = shape.kappa * (1 - 0.6 * std::min(1.0, room));
+    const double log_needed = -e.reference - std::log(kappa * std::sqrt(goal2) * e.denominator);
     const double needed = std::exp(pi.top() + log_needed);
     const bool verified = error2 <= goal2;
     task.log_floor = std::max(task.log_floor, log_needed);
-    if (verified && floor >= 0.8 * needed && frame.log_floor >= std::log(0.8) + log_needed) {
+    task.offset = std::max(task.offset, away);
+    const bool covered = floor >= 0.8 * needed && offset >= 0.8 * away;
+    const bool kept = frame.log_floor >= std::log(0.8) + log_needed && frame.offset >= 0.8 * away;
+    if (verified && covered && kept) {
       c.rows_exact = settings.sinks + settings.window + e.certain;
       c.rows_sampled = count - e.certain + scoring_rows;
       c.budget = count - e.certain;
@@ -134,6 +147,7 @@ struct importance_head {
       return done = true;
     }
     floor = std::max(floor, needed);
+    offset = std::max(offset, away);
     if (verified) return true;
     // The least share of which the sample itself predicts enough, with its rows standing for those to come:
     // V' = Σ (1 − π')/(π'π)‖Y‖², and Σt'² = Σ (1 − π')²/(π'³π)‖Y‖⁴ for the new ν₂.
@@ -141,9 +155,9 @@ struct importance_head {
     const auto enough = [&](double next) {
       double variance = 0, fourth = 0;
       for (const weighted_row& r : rows) {
-        const double kept = static_cast<double>(r.probability), y2 = static_cast<double>(r.spread);
-        const double p = std::max(std::min(kept, 1.0), pi.probability(r.place, next, floor));
-        const double t = (1 - p) / (p * kept) * y2;
+        const double had = static_cast<double>(r.probability), y2 = static_cast<double>(r.spread);
+        const double p = std::max(std::min(had, 1.0), pi.probability(r.place, next, floor, offset));
+        const double t = (1 - p) / (p * had) * y2;
         variance += t;
         fourth += t * (1 - p) / (p * p) * y2;
       }
@@ -217,7 +231,8 @@ void sample_by_importance(head_group<Head>& group, const config& settings, const
       ++count;
     }
     if (full) break;
-    for (auto& head : heads) head.entered_share = head.share, head.entered_floor = head.floor;
+    for (auto& head : heads)
+      head.entered_share = head.share, head.entered_floor = head.floor, head.entered_offset = head.offset;
     bool left = false;
     each([&](auto& head, auto& task) {
       task.c.rounds = round;

@@ -31,8 +31,8 @@ void attend_in_two_phases(head_group<Head>& group, const config& settings, const
   for (int attempt = 0; attempt < 3; ++attempt, share *= 8) {
     // Phase 1: coarse scores of every token, candidates for the heads together.
     std::array<sample::importance, static_cast<std::size_t>(max_shared)> pi{};
-    std::array<double, static_cast<std::size_t>(max_shared)> floor{};
-    double log_floor = std::numeric_limits<double>::infinity();
+    std::array<double, static_cast<std::size_t>(max_shared)> floor{}, offset{};
+    sampling_frame frame{.n = n};
     for (index_t g = 0; g < group.size(); ++g) {
       head_task<Head>& task = group[g];
       if (!task.ok || ended[static_cast<std::size_t>(g)]) continue;
@@ -43,19 +43,21 @@ void attend_in_two_phases(head_group<Head>& group, const config& settings, const
       s.lagging = scored.lagging;
       if (!(task.ok = scored.ok)) continue;
       const auto distance = select::value_distances(task.row.head, all, s.value_centre);
-      double mean = 0;
-      for (index_t j = 0; j < n; ++j) mean += distance(all[j]) / static_cast<double>(n);
-      const auto value = [&](index_t j) { return distance(all[j]) + 0.1f * static_cast<float>(mean); };
       auto& p = pi[static_cast<std::size_t>(g)];
-      p = sample::importance(s.weights, s.floors);
-      p.prepare(scores, errors, value, settings.sinks, last, tempering(scores, errors, s.spare), shape, s.spare);
+      p = sample::importance(s.weights, s.floors, s.reaches);
+      p.prepare(
+          scores, errors, [&](index_t j) { return distance(all[j]); }, settings.sinks, last,
+          tempering(scores, errors, s.reaches), shape);
       // What the first look will ask for, guessed; what a look has asked for, later.
       double sum = 0;
       for (const float score : scores) sum += std::exp(static_cast<double>(score) - p.top());
-      const double guess = -p.top() - std::log(shape.kappa * settings.epsilon * mean * sum);
+      const double guess =
+          -p.top() - std::log(shape.kappa * settings.epsilon * 10 * p.offset() * sum);  // T is about the mean r
       const double log_own = std::isfinite(task.log_floor) ? task.log_floor + 0.3 : guess;
       floor[static_cast<std::size_t>(g)] = std::exp(p.top() + log_own);
-      log_floor = std::min(log_floor, log_own);
+      offset[static_cast<std::size_t>(g)] = std::max(p.offset(), task.offset);
+      frame.log_floor = std::min(frame.log_floor, log_own);
+      frame.offset = std::min(frame.offset, offset[static_cast<std::size_t>(g)]);
     }
     index_t kept = 0;
     const auto keep = [&](index_t i, float prior) {
@@ -77,7 +79,8 @@ void attend_in_two_phases(head_group<Head>& group, const config& settings, const
       double p = 0;
       for (index_t g = 0; g < group.size(); ++g) {
         if (group[g].ok && !ended[static_cast<std::size_t>(g)])
-          p = std::max(p, pi[static_cast<std::size_t>(g)].probability(i, share, floor[static_cast<std::size_t>(g)]));
+          p = std::max(p, pi[static_cast<std::size_t>(g)].probability(i, share, floor[static_cast<std::size_t>(g)],
+                                                                      offset[static_cast<std::size_t>(g)]));
       }
       const auto prior = static_cast<float>(p);
       if (s0.numbers[static_cast<std::size_t>(i)] < prior) keep(i, prior);
@@ -98,14 +101,14 @@ void attend_in_two_phases(head_group<Head>& group, const config& settings, const
       open.push(std::move(task));
     }
     if (open.size() == 0) return;
-    const sampling_frame frame{.n = n, .prior = s0.prior.first(size), .log_floor = log_floor};
+    frame.prior = s0.prior.first(size);
     sample_by_importance<B>(open, settings, selector.fine, shape, s0.kept_numbers.first(size), frame,
                             [](head_task<Head>& task) { task.c.promise = guarantee::none; });
     for (index_t o = 0; o < open.size(); ++o) {
       head_task<Head>& from = open[o];
       const auto g = static_cast<std::size_t>(origin[static_cast<std::size_t>(o)]);
       head_task<Head>& to = group[static_cast<index_t>(g)];
-      to.state = from.state, to.c = from.c, to.ok = from.ok, to.log_floor = from.log_floor;
+      to.state = from.state, to.c = from.c, to.ok = from.ok, to.log_floor = from.log_floor, to.offset = from.offset;
       if (!from.ok || from.c.promise == guarantee::none) continue;
       // The rows that were read check the coarse scores as they do the fine ones.
       const index_t rows = from.c.rows_exact - fixed + from.c.budget;

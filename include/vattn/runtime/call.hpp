@@ -45,7 +45,7 @@ struct scratch {
   std::span<float> errors;                    // [n], of the scores
   std::span<float> matrix;                    // [2, dv, dv]
   std::span<float> weights, floors, numbers;  // [n], importance sampling's
-  std::span<float> spare;                     // [n]
+  std::span<float> reaches;                   // [n]
   std::span<weighted_row> weighted;           // rows that may be sampled
   // Tokens that a first phase may keep: probability, permanent number, and what it knew of them.
   std::span<float> prior, kept_numbers, coarse_scores, coarse_errors;
@@ -85,7 +85,7 @@ struct scratch {
     s.weights = a.take<float>(tokens);
     s.floors = a.take<float>(tokens);
     s.numbers = a.take<float>(tokens);
-    s.spare = a.take<float>(tokens);
+    s.reaches = a.take<float>(tokens);
     s.weighted = a.take<weighted_row>(sparse.weighted);
     s.prior = a.take<float>(sparse.candidates);
     s.kept_numbers = a.take<float>(sparse.candidates);
@@ -186,7 +186,8 @@ struct head_task {
   softmax_state state{};
   certificate c{};
   bool ok = true;  ///< false: it met a number that is not finite, or an index that lags
-  double log_floor = -std::numeric_limits<double>::infinity();  ///< see sampling_frame
+  // What a first phase must cover, see sampling_frame.
+  double log_floor = -std::numeric_limits<double>::infinity(), offset = 0;
 };
 
 /// Heads of one KV head that see the same tokens; 1 to max_shared of them.

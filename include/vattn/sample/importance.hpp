@@ -48,34 +48,42 @@ inline void draw_numbers(std::span<float> numbers, index_t first, index_t last, 
 /// Inclusion probabilities of one head: token i is in the sample iff u_i < π_i, with permanent numbers u_i, so
 /// that samples for growing π are nested. π_i = 1 inside the exact set, else min(prior_i, max(c·w_i, λ·f_i)):
 ///   w_i  weights that sum to 1 + defensive: ½ norm(e^s vn) + ½ norm(e^{βs} vn) + 0.1 norm(vn)
-///   f_i  e^{s + zσ} vn, what the token may weigh if its score is z errors too low; λ makes it a floor,
-///        without which a heavy token that the score hides and the sample misses leaves no trace
+///   f_i  e^{s + zσ}(r_i + K), what the token may move the output if its score is z errors too low: r_i its value's
+///        distance from the centre, K the output's. λ makes it a floor, without which a heavy token that the score
+///        hides and the sample misses leaves no trace
 /// `prior` (1 where it is empty): the tokens are themselves a sample, taken by the same numbers u_i < prior_i;
 /// then π_i is the probability over both phases, exactly, and norm() estimates sums over all tokens.
 /// Holds spans over the caller's memory, [n] each.
 class importance {
  public:
   importance() = default;
-  importance(std::span<float> weight, std::span<float> floor, std::span<const float> prior = {}) noexcept
-      : weight_(weight), floor_(floor), prior_(prior) {}
+  importance(std::span<float> weight, std::span<float> floor, std::span<float> reach,
+             std::span<const float> prior = {}) noexcept
+      : weight_(weight), floor_(floor), reach_(reach), prior_(prior) {}
 
-  /// `scores` and `errors` are the estimated logits and their error scales σ, `value` the weights vn, `scratch`
-  /// [n]. Places before `first` and from `last` on are exact.
-  template <class Value>
-  void prepare(std::span<const float> scores, std::span<const float> errors, Value&& value, index_t first, index_t last,
-               double beta, const importance_shape& shape, std::span<float> scratch) noexcept {
+  /// `scores` and `errors` are the estimated logits and their error scales σ, `distance` the r_i as a function of
+  /// the place; the weights take vn = r + a tenth of their mean. Places before `first` and from `last` on are exact.
+  template <class Distance>
+  void prepare(std::span<const float> scores, std::span<const float> errors, Distance&& distance, index_t first,
+               index_t last, double beta, const importance_shape& shape) noexcept {
     first_ = first;
     last_ = last;
     top_ = -std::numeric_limits<float>::infinity();
     for (index_t i = first; i < last; ++i) top_ = std::max(top_, scores[at(i)]);
     double plain = 0, tempered = 0, flat = 0;
     const auto b = static_cast<float>(beta), z = static_cast<float>(shape.z);
+    double mean = 0;
+    for (index_t i = first; i < last; ++i) {
+      reach_[at(i)] = distance(i);
+      mean += static_cast<double>(reach_[at(i)]) / static_cast<double>(last - first);
+    }
+    offset_ = 0.1 * mean;
+    const auto value = [&](index_t i) { return reach_[at(i)] + static_cast<float>(0.1 * mean); };
     for (index_t i = first; i < last; ++i) {
       const float vn = value(i), s = scores[at(i)] - top_;
       const float e = std::exp(s) * vn, t = std::exp(b * s) * vn;
       weight_[at(i)] = e;
-      scratch[at(i)] = t;
-      floor_[at(i)] = std::exp(s + z * errors[at(i)]) * vn;
+      floor_[at(i)] = t;  // until the sums are known
       const float stands_for = prior_.empty() ? 1.0f : 1 / prior_[at(i)];
       plain += stands_for * e;
       tempered += stands_for * t;
@@ -84,23 +92,32 @@ class importance {
     const auto share = [](double part, double sum) { return sum > 0 ? static_cast<float>(part / sum) : 0.0f; };
     const float a = share(1 - shape.tempered, plain), t = share(shape.tempered, tempered),
                 d = share(shape.defensive, flat);
-    for (index_t i = first; i < last; ++i) weight_[at(i)] = a * weight_[at(i)] + t * scratch[at(i)] + d * value(i);
+    for (index_t i = first; i < last; ++i) {
+      weight_[at(i)] = a * weight_[at(i)] + t * floor_[at(i)] + d * value(i);
+      floor_[at(i)] = std::exp(scores[at(i)] - top_ + z * errors[at(i)]);
+    }
   }
+
+  /// K, the output's distance from the values' centre as far as it is known; at first a tenth of the mean r.
+  [[nodiscard]] double offset() const noexcept { return offset_; }
 
   /// The scores' reference: floors and weights are relative to exp of it.
   [[nodiscard]] float top() const noexcept { return top_; }
 
-  [[nodiscard]] double probability(index_t i, double c, double lambda) const noexcept {
+  /// `offset` is K; increasing in c, λ and K.
+  [[nodiscard]] double probability(index_t i, double c, double lambda, double offset) const noexcept {
     if (i < first_ || i >= last_) return 1;
     const double most = prior_.empty() ? 1.0 : static_cast<double>(prior_[at(i)]);
-    return std::min(most, std::max(c * weight_[at(i)], lambda * floor_[at(i)]));
+    const double floor = lambda * static_cast<double>(floor_[at(i)]) * (static_cast<double>(reach_[at(i)]) + offset);
+    return std::min(most, std::max(c * static_cast<double>(weight_[at(i)]), floor));
   }
 
  private:
   [[nodiscard]] static std::size_t at(index_t i) noexcept { return static_cast<std::size_t>(i); }
 
-  std::span<float> weight_, floor_;
+  std::span<float> weight_, floor_, reach_;
   std::span<const float> prior_;
+  double offset_ = 0;
   index_t first_ = 0, last_ = 0;
   float top_ = 0;
 };

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <numeric>
 #include <span>
 #include <string_view>
@@ -12,15 +13,19 @@
 
 namespace vattn::select {
 
-/// Channels by the mean of |q_d k_d| over calibration queries and keys, largest first. Offline, once a layer and
-/// head. `queries` [any, dim], or empty: then by the mean of |k_d|, for where no queries are at hand; `keys` [any,
-/// dim].
+/// Channels by the mean of |q_d k_d| over all pairs of a calibration query and a key, largest first. Offline, once a
+/// layer and head. `queries` [any, dim], or empty: then by the mean of |k_d|, for where no queries are at hand; `keys`
+/// [any, dim]; both as attention sees them, after RoPE. The authors' code pairs each token's query with its own key
+/// alone, and names all pairs as another rule; these need no pairing, so the queries of a group's heads may be joined.
+/// Values that are not finite are left out.
 [[nodiscard]] inline std::vector<ordinal> heavy_channels(std::span<const float> queries, std::span<const float> keys,
                                                          index_t dim, index_t count) {
+  if (dim <= 0) return {};
   const auto d = static_cast<std::size_t>(dim);
   const auto mean = [d](std::span<const float> rows) {
     std::vector<double> sum(d);
-    for (std::size_t i = 0; i < rows.size(); ++i) sum[i % d] += std::abs(static_cast<double>(rows[i]));
+    for (std::size_t i = 0; i < rows.size(); ++i)
+      sum[i % d] += std::isfinite(rows[i]) ? std::abs(static_cast<double>(rows[i])) : 0;
     return sum;
   };
   std::vector<double> weight = mean(keys);
@@ -40,13 +45,14 @@ namespace vattn::select {
 /// Score = Σ over the heavy channels of q_d·label_d, labels the keys' channels at four bits, uniform between the
 /// token's own smallest and largest. Source: DoubleSparsity, arXiv 2408.07092; its experiments keep a sixteenth to a
 /// quarter of the channels. When to use: a model whose keys have outlier channels and calibration data for it;
-/// r/2 + 8 bytes a token for r channels. On isotropic keys r of d channels rank little better than chance.
+/// r/2 + 8 bytes a token for r channels. On isotropic keys r of d channels rank little better than chance. A token
+/// whose score would be NaN (a channel of its key is not finite) scores +inf: read first.
 class double_sparsity {
  public:
   static constexpr bool estimates = false;
 
   double_sparsity() = default;
-  /// `channels`: see heavy_channels().
+  /// `channels`: see heavy_channels(). Those that the keys do not have are dropped at the first append.
   explicit double_sparsity(std::vector<ordinal> channels) : channels_(std::move(channels)) {}
 
   [[nodiscard]] index_t size() const noexcept { return static_cast<index_t>(scale_.size()); }
@@ -59,22 +65,30 @@ class double_sparsity {
   template <kernel::row R>
   void append(const R& key) {
     using kernel::load;
+    if (scale_.empty()) {
+      dim_ = key.size();
+      std::erase_if(channels_, [&](ordinal c) { return c >= dim_; });
+    }
     key_.resize(std::max(key_.size(), std::size_t{key.size()}));
     load(key, key_.data());
     float low = 0, high = 0;
+    bool finite = true;
     for (std::size_t c = 0; c < channels_.size(); ++c) {
       const float x = key_[channels_[c]];
       low = c == 0 ? x : std::min(low, x);
       high = c == 0 ? x : std::max(high, x);
+      finite = finite && std::isfinite(x);
     }
-    const float step = (high - low) / 15;
-    scale_.push_back(step);
+    // In double, where differences of floats do not overflow.
+    const auto step = static_cast<float>((static_cast<double>(high) - static_cast<double>(low)) / 15);
+    scale_.push_back(finite ? step : std::numeric_limits<float>::quiet_NaN());
     zero_.push_back(low);
     labels_.resize(labels_.size() + row_bytes());
     std::uint8_t* out = labels_.data() + labels_.size() - row_bytes();
     for (std::size_t c = 0; c < channels_.size(); ++c) {
-      const float level = step > 0 ? std::round((key_[channels_[c]] - low) / step) : 0;
-      const auto code = static_cast<unsigned>(std::clamp(level, 0.0f, 15.0f));
+      const double above = static_cast<double>(key_[channels_[c]]) - static_cast<double>(low);
+      const double level = finite && step > 0 ? std::round(above / static_cast<double>(step)) : 0;
+      const auto code = static_cast<unsigned>(std::clamp(level, 0.0, 15.0));
       out[c / 2] = static_cast<std::uint8_t>(out[c / 2] | code << (c % 2 * 4));
     }
   }
@@ -87,6 +101,7 @@ class double_sparsity {
 
   void score(const float* scaled_query, index_t first, std::span<float> scores, std::span<float>,
              std::span<float> scratch) const noexcept {
+    if (scores.empty()) return;
     float sum = 0;
     for (std::size_t c = 0; c < channels_.size(); ++c) sum += scratch[c] = scaled_query[channels_[c]];
     for (std::size_t i = 0; i < scores.size(); ++i) {
@@ -95,22 +110,27 @@ class double_sparsity {
       float product = 0;
       for (std::size_t c = 0; c < channels_.size(); ++c)
         product += scratch[c] * static_cast<float>(label[c / 2] >> (c % 2 * 4) & 15);
-      scores[i] = zero_[token] * sum + scale_[token] * product;
+      const float score = zero_[token] * sum + scale_[token] * product;
+      scores[i] = std::isnan(score) ? std::numeric_limits<float>::infinity() : score;
     }
   }
 
-  static constexpr std::string_view format() noexcept { return "double sparsity v1"; }
+  static constexpr std::string_view format() noexcept { return "double sparsity v2"; }
   template <class Archive>
   void archive(Archive& a) {
-    a(channels_, labels_, scale_, zero_);
+    a(dim_, channels_, labels_, scale_, zero_);
   }
   [[nodiscard]] bool valid() const noexcept {
-    return zero_.size() == scale_.size() && labels_.size() == scale_.size() * row_bytes();
+    const bool has_all =
+        scale_.empty() || std::all_of(channels_.begin(), channels_.end(), [this](ordinal c) { return c < dim_; });
+    return dim_ <= std::size_t{1} << 20 && has_all && zero_.size() == scale_.size() &&
+           labels_.size() == scale_.size() * row_bytes();
   }
 
  private:
   [[nodiscard]] std::size_t row_bytes() const noexcept { return (channels_.size() + 1) / 2; }
 
+  std::size_t dim_ = 0;  // of the keys, once there are any
   std::vector<ordinal> channels_;
   std::vector<std::uint8_t> labels_;  // [n, channels/2]
   std::vector<float> scale_, zero_, key_;

@@ -1,6 +1,7 @@
 // HashAttention: bit signatures of keys and queries, compared by how many bits they share.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstring>
@@ -13,11 +14,12 @@
 
 namespace vattn::select {
 
-/// Random hyperplanes (SimHash): the untrained form, the same map for keys and queries.
+/// Random hyperplanes (SimHash): the untrained form, the same map for keys and queries. `bits` is cut to [0, 64].
 class simhash_map {
  public:
   simhash_map() = default;
-  explicit simhash_map(index_t dim, index_t bits = 32, std::uint64_t seed = 0) : planes_(dim, bits, seed) {}
+  explicit simhash_map(index_t dim, index_t bits = 32, std::uint64_t seed = 0)
+      : planes_(std::max<index_t>(dim, 0), std::clamp<index_t>(bits, 0, 64), seed) {}
 
   [[nodiscard]] index_t dim() const noexcept { return planes_.dim(); }
   [[nodiscard]] index_t bits() const noexcept { return planes_.count(); }
@@ -41,7 +43,8 @@ class simhash_map {
 
 /// Learned maps of one KV head, one network for keys and one for queries: linear layers with SiLU between them, the
 /// signs of the last layer's outputs are the bits. The query's network is given scale·q: divide its first layer's
-/// weights by the scale if it was trained on q.
+/// weights by the scale if it was trained on q. The authors' code trains a pair for each query head, over keys
+/// repeated for the heads of a group; here a group shares one pair, so with grouped queries train one a KV head.
 ///
 /// Format of the weights, little-endian: "vattnha1", then for the keys' and for the queries' network: uint32 layers
 /// (1 to 8), uint32 sizes[layers + 1] (sizes[0] the head size, the last the bits, equal in both networks, at most 64),
@@ -93,11 +96,11 @@ class learned_map {
   template <class Archive>
   void archive(Archive& a) {
     a(keys_.sizes, keys_.weights, queries_.sizes, queries_.weights);
-    if (!keys_.valid() || !queries_.valid() || bits() > 64 ||
-        (!keys_.sizes.empty() && !queries_.sizes.empty() &&
-         (keys_.sizes.front() != queries_.sizes.front() || keys_.sizes.back() != queries_.sizes.back()))) {
-      keys_ = queries_ = {};
-    }
+    const auto agree = [](const network& x, const network& y) {
+      if (x.sizes.empty() || y.sizes.empty()) return x.sizes.empty() && y.sizes.empty();
+      return x.sizes.front() == y.sizes.front() && x.sizes.back() == y.sizes.back();
+    };
+    if (!keys_.valid() || !queries_.valid() || !agree(keys_, queries_) || bits() > 64) keys_ = queries_ = {};
   }
 
  private:
@@ -111,7 +114,7 @@ class learned_map {
     [[nodiscard]] bool valid() const noexcept {
       std::size_t floats = 0;
       for (std::size_t l = 0; l + 1 < sizes.size(); ++l) {
-        if (sizes[l] > 65536 || sizes[l + 1] > 65536) return false;
+        if (sizes[l] < 1 || sizes[l] > 65536 || sizes[l + 1] < 1 || sizes[l + 1] > 65536) return false;
         floats += (std::size_t{sizes[l]} + 1) * sizes[l + 1];
       }
       return sizes.size() != 1 && floats == weights.size();
@@ -191,7 +194,7 @@ class hash_attention {
     a(signatures_);
     allocate();
   }
-  [[nodiscard]] bool valid() const noexcept { return map_.bits() > 0 || signatures_.empty(); }
+  [[nodiscard]] bool valid() const noexcept { return map_.dim() > 0 && map_.bits() > 0; }
 
  private:
   void allocate() {

@@ -18,7 +18,9 @@ namespace vattn::select {
 /// memory, 8·dk/page_size bytes a token; on keys without order the bounds say nothing.
 ///
 /// A truncation inside the last page is exact, as its keys are kept; a page that loses tokens when it was no longer
-/// the last keeps its extremes, which still bound what is left of it.
+/// the last keeps its extremes, which still bound what is left of it: looser than those of a rebuild until the page
+/// is cut away, never below a logit. Where a bound would not be finite (huge keys, NaN in a key) it is +inf: read
+/// first.
 class quest {
  public:
   static constexpr bool estimates = false;
@@ -26,7 +28,8 @@ class quest {
 
   quest() = default;
   explicit quest(index_t dim, index_t page_size = 16)
-      : dim_(static_cast<std::size_t>(dim)), page_(static_cast<std::size_t>(page_size)) {}
+      : dim_(static_cast<std::size_t>(std::max<index_t>(dim, 0))),
+        page_(static_cast<std::size_t>(std::max<index_t>(page_size, 1))) {}
 
   [[nodiscard]] index_t size() const noexcept { return static_cast<index_t>(size_); }
   [[nodiscard]] index_t page_size() const noexcept { return static_cast<index_t>(page_); }
@@ -41,9 +44,8 @@ class quest {
       last_.clear();
       extremes_.insert(extremes_.end(), dim_, std::numeric_limits<float>::infinity());
       extremes_.insert(extremes_.end(), dim_, -std::numeric_limits<float>::infinity());
-      kept_ = true;
     }
-    if (!kept_) {  // the page was cut by a truncation: its own keys are gone, its extremes are not
+    if (last_.size() != in_page * dim_) {  // cut by a truncation: the page's keys are gone, its extremes are not
       buffer_.resize(dim_);
       load(key, buffer_.data());
       widen(buffer_.data());
@@ -59,18 +61,11 @@ class quest {
     const auto to = static_cast<std::size_t>(std::max<index_t>(n, 0));
     if (to >= size_) return;
     const std::size_t page = to / page_, in_page = to % page_;
-    const bool in_last = kept_ && page == (size_ - 1) / page_;
+    const std::size_t last_page = (size_ - 1) / page_;
+    const bool exact = page == last_page && last_.size() == (size_ - last_page * page_) * dim_;
     size_ = to;
     extremes_.resize((page + (in_page != 0)) * 2 * dim_);
-    if (in_page == 0) {
-      last_.clear();
-      return;
-    }
-    if (!in_last) {
-      kept_ = false;
-      last_.clear();
-      return;
-    }
+    if (in_page == 0 || !exact) return last_.clear();
     last_.resize(in_page * dim_);
     std::fill_n(minimum(page), dim_, std::numeric_limits<float>::infinity());
     std::fill_n(minimum(page) + dim_, dim_, -std::numeric_limits<float>::infinity());
@@ -88,38 +83,48 @@ class quest {
       const Eigen::Map<const Eigen::ArrayXf> low(minimum(page), n), high(minimum(page) + dim_, n);
       const auto most = (q * low).max(q * high);
       // The sum and the dot products that it bounds are both rounded: each by at most dim·2⁻²⁴ of Σ|q_d k_d|.
-      const float slack = static_cast<float>(dim_) * 0x1p-22f * (q.abs() * low.abs().max(high.abs())).sum();
-      const float bound = most.sum() + slack;
+      // Twice that, for the roundings of the slack; products that underflow lose at most 2⁻¹⁴⁹ each.
+      const float slack =
+          static_cast<float>(dim_) * (0x1p-22f * (q.abs() * low.abs().max(high.abs())).sum() + 0x1p-147f);
+      const float sum = most.sum() + slack;
+      // NaN: infinities of both signs, or one times 0. No bound is known then but +inf.
+      const float bound = std::isnan(sum) ? std::numeric_limits<float>::infinity() : sum;
       for (; i < scores.size() && token < end; ++i, ++token) scores[i] = bound;
     }
   }
 
-  static constexpr std::string_view format() noexcept { return "quest v1"; }
+  static constexpr std::string_view format() noexcept { return "quest v2"; }
   template <class Archive>
   void archive(Archive& a) {
-    a(dim_, page_, size_, kept_, extremes_, last_);
+    a(dim_, page_, size_, extremes_, last_);
   }
   [[nodiscard]] bool valid() const noexcept {
-    return page_ > 0 && dim_ <= (std::size_t{1} << 20) && size_ / page_ <= extremes_.size() &&
-           extremes_.size() == (size_ + page_ - 1) / page_ * 2 * dim_ && last_.size() <= page_ * dim_;
+    // Limits first: the products below must not wrap around.
+    if (page_ < 1 || page_ > limit || dim_ > limit || size_ > std::size_t{1} << 40) return false;
+    const std::size_t pages = (size_ + page_ - 1) / page_;
+    const std::size_t in_last = pages == 0 ? 0 : size_ - (pages - 1) * page_;
+    return extremes_.size() == pages * 2 * dim_ && (last_.empty() || last_.size() == in_last * dim_);
   }
 
  private:
+  static constexpr std::size_t limit = std::size_t{1} << 20;  // of dim and page size
+
   // Of a page: [dim] smallest, then [dim] largest.
   [[nodiscard]] float* minimum(std::size_t page) noexcept { return extremes_.data() + page * 2 * dim_; }
   [[nodiscard]] const float* minimum(std::size_t page) const noexcept { return extremes_.data() + page * 2 * dim_; }
   void widen(const float* key) noexcept {
     float* low = extremes_.data() + extremes_.size() - 2 * dim_;
     for (std::size_t j = 0; j < dim_; ++j) {
-      low[j] = std::min(low[j], key[j]);
-      low[dim_ + j] = std::max(low[dim_ + j], key[j]);
+      // A NaN bounds nothing, and comparisons would drop it.
+      const bool nan = std::isnan(key[j]);
+      low[j] = nan ? -std::numeric_limits<float>::infinity() : std::min(low[j], key[j]);
+      low[dim_ + j] = nan ? std::numeric_limits<float>::infinity() : std::max(low[dim_ + j], key[j]);
     }
   }
 
   std::size_t dim_ = 0, page_ = 16, size_ = 0;
-  bool kept_ = true;             // last_ holds all keys of the last page
   std::vector<float> extremes_;  // [pages, 2, dim]
-  std::vector<float> last_;      // [tokens of the last page, dim]
+  std::vector<float> last_;      // [tokens of the last page, dim], or empty: they are not kept
   std::vector<float> buffer_;
 };
 
