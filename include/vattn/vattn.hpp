@@ -10,9 +10,11 @@
 #include "vattn/select/index.hpp"       // what is known of keys without reading them
 #include "vattn/runtime/archive.hpp"    // what an index keeps, saved and loaded
 #include "vattn/sketch/codes.hpp"       // keys in a few bits
+#include "vattn/sketch/product_codes.hpp"  // and in learned ones
 #include "vattn/select/quest.hpp"       // selectors of the literature
 #include "vattn/select/double_sparsity.hpp"
 #include "vattn/select/hash_attention.hpp"
+#include "vattn/select/pq_cache.hpp"
 #include "vattn/select/magic_pig.hpp"
 #include "vattn/select/socket.hpp"
 #include "vattn/select/random_ranking.hpp"
