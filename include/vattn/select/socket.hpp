@@ -12,8 +12,9 @@
 namespace vattn::select {
 
 /// Keys are hashed hard, queries softly: score = Σ over L tables of the probability that the query gives to the
-/// key's bucket, softmax over the corners c of {±1}^K of Σ_p tanh(z_p) c_p / tau, z the query's projections. The
-/// softmax factorises over the bits: Π_p σ(2 c_p tanh(z_p)/tau). Source: SOCKET, arXiv 2602.06283; its value-aware
+/// key's bucket, softmax over the corners c of {±1}^K of Σ_p tanh(z_p) c_p / (sqrt(D)·tau), z the projections of the
+/// query before its scale, which is taken to be 1/sqrt(D). The softmax factorises over the bits:
+/// Π_p σ(2 c_p tanh(z_p)/(sqrt(D)·tau)). Source: SOCKET, arXiv 2602.06283; its value-aware
 /// form is select::contributions around this. When to use: as MagicPIG, with a fraction of its tables (2L bytes a
 /// token); the score has no error scale, so mode I needs it calibrated (select/calibrated.hpp).
 class socket {
@@ -43,11 +44,7 @@ class socket {
              std::span<float> scratch) const noexcept {
     float* z = scratch.data();
     hash_.project(scaled_query, z);
-    // Queries come with the scale of their products; hyperplanes are to see the query's own size of one
-    // standard deviation a projection.
-    const auto dim = static_cast<Eigen::Index>(hash_.dim());
-    const float norm = kernel::const_float_map(scaled_query, dim).norm();
-    const float unit = norm > 0 ? 1 / norm : 0.0f;
+    const double root = std::sqrt(static_cast<double>(std::max<index_t>(hash_.dim(), 1)));
     float* tables = z + hash_.projections();
     const std::size_t stride = low_size() + high_size();
     for (index_t l = 0; l < hash_.tables(); ++l) {
@@ -55,7 +52,7 @@ class socket {
       const auto fill = [&](float* out, index_t from, index_t bits) {
         out[0] = 1;
         for (index_t p = 0; p < bits; ++p) {
-          const double t = 2 * std::tanh(static_cast<double>(of[from + p] * unit)) / tau_;
+          const double t = 2 * std::tanh(static_cast<double>(of[from + p]) * root) / (root * tau_);
           const auto one = static_cast<float>(1 / (1 + std::exp(-t))), zero = static_cast<float>(1 / (1 + std::exp(t)));
           for (std::size_t b = 0; b < std::size_t{1} << p; ++b) {
             out[b | std::size_t{1} << p] = out[b] * one;

@@ -73,9 +73,7 @@ TEST_CASE("SOCKET's scores are the query's soft probabilities of the keys' bucke
   const sketch::hyperplanes planes(6, K * L, 13);
   std::vector<float> of_query(K * L), of_key(K * L);
   planes.project(v.query.data(), of_query.data());
-  double norm = 0;
-  for (const float x : v.query) norm += static_cast<double>(x) * static_cast<double>(x);
-  norm = std::sqrt(norm);
+  const double root = std::sqrt(6.0);
   const std::vector<float> scores = scores_of(index, v);
   for (index_t i = 0; i < v.n; ++i) {
     planes.project(v.key(i).data(), of_key.data());
@@ -85,7 +83,7 @@ TEST_CASE("SOCKET's scores are the query's soft probabilities of the keys' bucke
         double sum = 0;
         for (unsigned p = 0; p < K; ++p) {
           const double sign = corner >> p & 1 ? 1 : -1;
-          sum += sign * std::tanh(static_cast<double>(of_query[l * K + p]) / norm) / tau;
+          sum += sign * std::tanh(static_cast<double>(of_query[l * K + p]) * root) / (root * tau);
         }
         return std::exp(sum);
       };
