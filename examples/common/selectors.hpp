@@ -30,6 +30,14 @@ struct selector_entry {
   std::function<index_variant(const index_request&)> make;  ///< none: needs no index
 };
 
+/// Learns from the prefill's keys.
+template <class Index>
+void train(Index& index, const index_request& r) {
+  const auto count = static_cast<index_t>(r.keys.size()) / std::max<index_t>(1, r.dim);
+  const kv_shape shape{.n_batch = 1, .n_kv_heads = 1, .n_tokens = count, .dk = r.dim, .dv = r.dim};
+  index.train(contiguous_kv(r.keys.data(), r.keys.data(), shape).head(0, 0));
+}
+
 /// In the order of a list that a person reads.
 [[nodiscard]] inline const std::vector<selector_entry>& selector_catalogue() {
   using order = any_index<score_says::order>;
@@ -49,6 +57,19 @@ struct selector_entry {
            default:
              return estimate(sketch::key_codes<4>(r.dim, r.seed));
          }
+       }},
+      {"product-codes",
+       "learned product codes of --bits 1 or 2 a coordinate, trained on the prefill (docs/sketches.md)",
+       [](const index_request& r) -> index_variant {
+         sketch::product_codes codes(r.dim, std::max<index_t>(1, r.bits * r.dim / 6), {.seed = r.seed});
+         train(codes, r);
+         return estimate(std::move(codes));
+       }},
+      {"pq-cache", "2 sub-vectors of 6 bits, trained on the prefill (arXiv 2407.12820)",
+       [](const index_request& r) -> index_variant {
+         select::pq_cache index(r.dim, 2, 6, {.seed = r.seed});
+         train(index, r);
+         return order(std::move(index));
        }},
       {"quest", "bounds of pages of 16 tokens from the extremes of their keys (arXiv 2406.10774)",
        [](const index_request& r) -> index_variant { return any_index<score_says::bound>(select::quest(r.dim)); }},

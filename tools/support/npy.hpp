@@ -169,7 +169,9 @@ class header {
   if (descr == "<f4") return dtype::float32;
   if (descr == "<f8") return dtype::float64;
   if (descr == "<u2") return dtype::uint16;
-  const std::string shown = "'" + printable(descr) + "'";
+  std::string shown = "'";  // += where GCC 12 warns of an overlap in +
+  shown += printable(descr);
+  shown += '\'';
   if (descr.starts_with('>')) fail(shown + ", big-endian: save it with a.astype(a.dtype.newbyteorder('<'))");
   if (descr.find('O') != std::string::npos)
     fail(shown + ", pickled Python objects, which are never loaded: save an array of numbers");

@@ -24,10 +24,10 @@ namespace vattn::sketch {
 //                     ‖q‖ρ/sqrt(P) typically
 // (RaBitQ, Gao and Long, SIGMOD 2024, at one bit; the extended form at more). Bytes a key: P·b/8 + 8.
 //
-// Epochs. μ of a token is the mean of all keys before its epoch, as their codes decode. Epochs start at
-// 0 (μ = 0), 64, 128, 256, 512, 1024 and every 1024 tokens after: a function of the position alone, so
-// appending one by one, in blocks, or again after a truncation gives the same codes, and a drift of the
-// mean is followed without touching old ones.
+// Epochs. μ of a token is the mean of the keys before its epoch, as their codes decode; from token 1024 on keys
+// weigh half as much with each epoch that has passed. Epochs start at 0 (μ = 0), 64, 128, 256, 512, 1024 and every
+// 1024 tokens after: a function of the position alone, so appending one by one, in blocks, or again after a
+// truncation gives the same codes, and a drift of the mean is followed without touching old ones.
 
 /// Levels of an optimal uniform quantiser of a normal variable: half its step, in standard deviations
 /// (Max 1960; at 8 bits the range, not the step, is what is left to choose).
@@ -69,8 +69,9 @@ class key_codes {
     const index_t token = size();
     if (starts_epoch(token)) {
       means_.insert(means_.end(), sum_.begin(), sum_.end());
-      const float share = token > 0 ? 1 / static_cast<float>(token) : 0.0f;
+      const float share = weight_ > 0 ? static_cast<float>(1 / weight_) : 0.0f;
       for (std::size_t j = means_.size() - width(); j < means_.size(); ++j) means_[j] *= share;
+      if (token >= forgetting) fade(0.5);
     }
     load(key, buffer_.data());
     rotation_.apply(buffer_);
@@ -94,20 +95,22 @@ class key_codes {
       codes_.resize(codes_.size() - row_bytes_);
       scale_.pop_back();
       residual_.pop_back();
-      if (starts_epoch(token)) means_.resize(means_.size() - width());
+      if (!starts_epoch(token)) continue;
+      means_.resize(means_.size() - width());
+      if (token >= forgetting) fade(2);  // halves are undone without rounding
     }
   }
   void clear() { truncate(0); }
 
   static constexpr std::string_view format() noexcept {
-    return Bits == 1   ? "key codes 1 v1"
-           : Bits == 2 ? "key codes 2 v1"
-           : Bits == 4 ? "key codes 4 v1"
-                       : "key codes 8 v1";
+    return Bits == 1   ? "key codes 1 v2"
+           : Bits == 2 ? "key codes 2 v2"
+           : Bits == 4 ? "key codes 4 v2"
+                       : "key codes 8 v2";
   }
   template <class Archive>
   void archive(Archive& a) {
-    a(rotation_, row_bytes_, buffer_, sum_, codes_, scale_, residual_, means_);
+    a(rotation_, row_bytes_, buffer_, sum_, weight_, codes_, scale_, residual_, means_);
   }
   [[nodiscard]] bool valid() const noexcept {
     const std::size_t epochs = scale_.empty() ? 0 : epoch(size() - 1) + 1;
@@ -271,8 +274,15 @@ class key_codes {
     return 2 * static_cast<int>(std::clamp(cell, -edge, edge - 1)) + 1;
   }
 
+  static constexpr index_t forgetting = 1024;
+  void fade(double factor) noexcept {
+    weight_ *= factor;
+    for (double& x : sum_) x *= factor;
+  }
+
   // sum_ += sign·(decoded key), so that truncation undoes an append.
   void accumulate(index_t token, float sign) noexcept {
+    weight_ += static_cast<double>(sign);
     const std::uint8_t* c = code(token);
     const float alpha = scale_[static_cast<std::size_t>(token)];
     const float* mean = means_.data() + epoch(token) * width();
@@ -282,7 +292,8 @@ class key_codes {
   random_rotation rotation_;
   std::size_t row_bytes_ = 0;
   std::vector<float> buffer_;
-  std::vector<double> sum_;
+  std::vector<double> sum_;  // of decoded keys, weighted
+  double weight_ = 0;        // of its terms
   std::vector<std::uint8_t> codes_;
   std::vector<float> scale_, residual_, means_;
 };

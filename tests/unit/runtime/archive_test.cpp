@@ -60,7 +60,7 @@ TEST_CASE("bytes that are no saved index of the type are refused and change noth
   vattn::sketch::key_codes<4> other(32, 5);
   const vattn::status wrong = vattn::load(bytes, other);
   REQUIRE_FALSE(wrong.ok());
-  CHECK(std::string(wrong.message()).find("key codes 2 v1") != std::string::npos);
+  CHECK(std::string(wrong.message()).find("key codes 2 v2") != std::string::npos);
   CHECK(std::string(vattn::load({}, a).message()).find("not a saved index") != std::string::npos);
 
   for (std::size_t cut = 0; cut < bytes.size(); ++cut) {

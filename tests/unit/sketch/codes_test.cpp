@@ -169,3 +169,44 @@ TEST_CASE("an index that lags behind its cache is an error, not a wrong output",
   CHECK(append_from(heads[0], cache.head(0, 0)) == 500);
   CHECK(attend(q, cache, {.scale = 0.125f}, result, memory).ok());
 }
+
+TEST_CASE("codes follow a mean that drifts for as long as a cache grows, one token at a time", "[sketch][soak]") {
+  constexpr index_t n = 60000, dim = 16;
+  std::mt19937 random(17);
+  std::normal_distribution<float> normal;
+  sketch::key_codes<2> codes(dim, 3), rebuilt(dim, 3);
+  std::vector<float> all;
+  std::vector<float> key(dim), query(dim, 0.5f), error(1), score(1), scratch(codes.scratch_size());
+  query[0] = 3;  // along the drift
+  double early = 0, late = 0, off = 0, stated = 0;
+  for (index_t i = 0; i < n; ++i) {
+    for (float& x : key) x = normal(random);
+    key[0] += 20 * std::sin(static_cast<float>(i) / 15000.0f);  // far more than a key's own spread
+    codes.append(std::span<const float>(key));
+    all.insert(all.end(), key.begin(), key.end());
+    if (i % 997 == 0 && i > 2000) {  // a draft of a few tokens is rejected
+      for (int draft = 0; draft < 5; ++draft) codes.append(std::span<const float>(key));
+      codes.truncate(i + 1);
+    }
+    if (i < 4096 || (i >= 8192 && i < n - 4096)) continue;
+    codes.score(query.data(), i, score, error, scratch);
+    double product = 0;
+    for (std::size_t j = 0; j < dim; ++j) product += double{query[j]} * key[j];
+    const double e = product - static_cast<double>(score[0]);
+    off += e * e;
+    stated += std::pow(static_cast<double>(error[0]), 2);
+    (i < 8192 ? early : late) += e * e / 4096;
+  }
+  CHECK(codes.size() == n);
+  CHECK(off < 1.5 * stated);
+  CHECK(late < 4 * early);
+  // All of it again, at once.
+  for (index_t i = 0; i < n; ++i)
+    rebuilt.append(std::span<const float>(all).subspan(static_cast<std::size_t>(i * dim), dim));
+  std::vector<float> a(n), b(n);
+  codes.score(query.data(), 0, a, {}, scratch);
+  rebuilt.score(query.data(), 0, b, {}, scratch);
+  index_t differ = 0;
+  for (std::size_t i = 0; i < n; ++i) differ += std::abs(a[i] - b[i]) > 1e-4f * (1 + std::abs(b[i]));
+  CHECK(differ == 0);
+}
