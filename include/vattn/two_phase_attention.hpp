@@ -16,7 +16,7 @@ namespace vattn {
 /// {u_i < π_i} with π_i <= prior_i, so the two together are one Poisson sample with probabilities π_i, known
 /// exactly. The fine score is computed for candidates alone. Where the candidates turn out too few (their
 /// probabilities cap what a head needs, or the coarse floors were too low) the first phase is widened, threefold
-/// each time, and at last everything is read.
+/// each time, and at last the fine scores of all tokens are sampled by.
 template <bound B, class Selector, kv_head Head>
 void attend_in_two_phases(head_group<Head>& group, const config& settings, const Selector& selector,
                           const sample::importance_shape& shape, double widening) noexcept {
@@ -124,10 +124,15 @@ void attend_in_two_phases(head_group<Head>& group, const config& settings, const
       ended[g] = breaches <= 2 + rows / 100;
     }
   }
+  // Where a first phase cannot thin enough, or never kept what was needed: the fine scores of all.
   for (index_t g = 0; g < group.size(); ++g) {
-    head_task<Head>& task = group[g];
-    if (task.ok && !ended[static_cast<std::size_t>(g)])
+    if (!group[g].ok || ended[static_cast<std::size_t>(g)]) continue;
+    head_group<Head> one;
+    one.push(head_task<Head>(group[g]));
+    sample_by_importance<B>(one, settings, selector.fine, shape, s0.numbers, {.n = n}, [](head_task<Head>& task) {
       task.ok = attend_exactly(task.row, task.tokens, task.s, task.state, task.c);
+    });
+    group[g].state = one[0].state, group[g].c = one[0].c, group[g].ok = one[0].ok;
   }
 }
 

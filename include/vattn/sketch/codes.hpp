@@ -198,7 +198,7 @@ class key_codes {
     return codes_.data() + static_cast<std::size_t>(token) * row_bytes_;
   }
   [[nodiscard]] static float level(const std::uint8_t* code, std::size_t j) noexcept {
-    const unsigned stored = code[j * Bits / 8] >> (j * Bits % 8) & mask;
+    const unsigned stored = unsigned{code[j * Bits / 8]} >> (j * Bits % 8) & mask;
     return static_cast<float>(2 * static_cast<int>(stored) - top);
   }
 
@@ -264,11 +264,15 @@ class key_codes {
     scale_.push_back(static_cast<float>(alpha));
     // ‖y − αc‖² = α²‖c‖² − ‖y‖², since y − αc is orthogonal to y. Rounded up: it is used as a bound.
     const double left = cy > 0 ? std::max(0.0, alpha * alpha * cc - y2) : y2;
-    residual_.push_back(static_cast<float>(std::sqrt(left + 1e-12 * y2) * (1 + 1e-6)));
+    // What float arithmetic adds when scores are made of it: a sum of products of ‖q‖ with ‖y‖ and with ‖μ‖.
+    const auto n = static_cast<Eigen::Index>(width());
+    const float mean = kernel::const_float_map(means_.data() + means_.size() - width(), n).norm();
+    const double rounding = 1e-5 * (std::sqrt(y2) + static_cast<double>(mean));
+    residual_.push_back(static_cast<float>(std::sqrt(left) * (1 + 1e-6) + rounding));
   }
 
   [[nodiscard]] static int quantise(float y, float half_step) noexcept {
-    if constexpr (Bits == 1) return y < 0 ? -1 : 1;
+    if (Bits == 1 || !(half_step > 0)) return y < 0 ? -1 : 1;
     const float cell = std::floor(y / (2 * half_step));
     constexpr auto edge = static_cast<float>(1 << (Bits - 1));
     return 2 * static_cast<int>(std::clamp(cell, -edge, edge - 1)) + 1;

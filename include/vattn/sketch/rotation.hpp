@@ -1,6 +1,7 @@
 // A fixed random rotation in O(D log D): spreads every key's energy evenly over the coordinates.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <span>
@@ -9,21 +10,21 @@
 
 namespace vattn::sketch {
 
-/// x -> H S₂ H S₁ x / P on P = bit_ceil(dim) coordinates (zeros appended), H the Hadamard matrix and S
+/// x -> H S₂ H S₁ x / P on P = bit_ceil(dim) coordinates, 8 at least (zeros appended), H the Hadamard matrix and S
 /// random signs: orthogonal, so inner products are kept. Two rounds, since after one a vector with a single
 /// coordinate is still ±1 everywhere. Signs are a function of the seed; nothing is stored.
 class random_rotation {
  public:
   random_rotation() = default;
   random_rotation(index_t dim, std::uint64_t seed) noexcept
-      : dim_(static_cast<std::size_t>(dim)), width_(std::bit_ceil(dim_)), seed_(seed) {}
+      : dim_(static_cast<std::size_t>(dim)), width_(width_of(dim_)), seed_(seed) {}
 
   [[nodiscard]] std::size_t dim() const noexcept { return dim_; }
   /// Coordinates after the rotation.
   [[nodiscard]] std::size_t width() const noexcept { return width_; }
 
   /// For one that was read from bytes.
-  [[nodiscard]] bool valid() const noexcept { return dim_ <= (std::size_t{1} << 20) && width_ == std::bit_ceil(dim_); }
+  [[nodiscard]] bool valid() const noexcept { return dim_ <= (std::size_t{1} << 20) && width_ == width_of(dim_); }
 
   /// In place: the first dim() of `x` [width()] are the input, the rest is overwritten.
   void apply(std::span<float> x) const noexcept {
@@ -49,6 +50,9 @@ class random_rotation {
   }
 
  private:
+  [[nodiscard]] static std::size_t width_of(std::size_t dim) noexcept {
+    return std::bit_ceil(std::max<std::size_t>(dim, 8));
+  }
   static constexpr std::uint32_t purpose = 0x50524f54;  // keeps these signs apart from any layer's draws
   std::size_t dim_ = 0, width_ = 0;
   std::uint64_t seed_ = 0;

@@ -210,3 +210,19 @@ TEST_CASE("codes follow a mean that drifts for as long as a cache grows, one tok
   for (std::size_t i = 0; i < n; ++i) differ += std::abs(a[i] - b[i]) > 1e-4f * (1 + std::abs(b[i]));
   CHECK(differ == 0);
 }
+
+TEST_CASE("codes of the smallest heads", "[sketch]") {
+  for (const index_t dim : {1, 2, 3, 5}) {
+    const keys k(700, dim, 5, 1);
+    sketch::key_codes<1> one(dim, 2);
+    sketch::key_codes<4> four(dim, 2);
+    for (index_t i = 0; i < k.n; ++i) one.append(k.row(i)), four.append(k.row(i));
+    std::vector<float> error_one, error_four;
+    const std::vector<float> s1 = scores_of(one, k, &error_one), s4 = scores_of(four, k, &error_four);
+    for (index_t i = 0; i < k.n; ++i) {
+      const auto at = static_cast<std::size_t>(i);
+      CHECK(std::abs(k.product(i) - s1[at]) <= one.bound_over_error() * error_one[at] * (1 + 1e-5f) + 1e-4);
+      CHECK(std::abs(k.product(i) - s4[at]) <= four.bound_over_error() * error_four[at] * (1 + 1e-5f) + 1e-4);
+    }
+  }
+}
