@@ -122,6 +122,7 @@ void attend_in_two_phases(head_group<Head>& group, const config& settings, const
       }
       to.c.breaches += breaches;
       ended[g] = breaches <= 2 + rows / 100;
+      if (!ended[g]) attempt = 4;  // what the coarse scores say of their errors is not true: no more of them
     }
   }
   // Where a first phase cannot thin enough, or never kept what was needed: the fine scores of all.
@@ -132,7 +133,9 @@ void attend_in_two_phases(head_group<Head>& group, const config& settings, const
     sample_by_importance<B>(one, settings, selector.fine, shape, s0.numbers, {.n = n}, [](head_task<Head>& task) {
       task.ok = attend_exactly(task.row, task.tokens, task.s, task.state, task.c);
     });
+    const index_t breaches = group[g].c.breaches;  // of the coarse scores
     group[g].state = one[0].state, group[g].c = one[0].c, group[g].ok = one[0].ok;
+    group[g].c.breaches += breaches;
   }
 }
 

@@ -143,8 +143,13 @@ TEST_CASE("two phases notice a coarse index that is stale", "[stat][importance]"
   for (float& s : coarse.scores()) s += 2 * normal(random);
   remembered_phases phases;
   phases.coarse = coarse.selector(), phases.fine = fine.selector();
-  const summary s = run_cell<two_phase_policy>(p, phases, promise(0.1, 0.1), 10, 1);
-  CHECK(s.exact == 10);
+  // Told apart from an honest one, and done without: the fine scores alone keep the promise.
+  long failures = 0;
+  for_each_draw<two_phase_policy>(p, phases, promise(0.1, 0.1), 40, 1, [&](const draw& d, const auto&) {
+    CHECK(d.certified.breaches > 2);
+    failures += d.error > 0.1;
+  });
+  CHECK(failures <= 10);
 }
 
 TEST_CASE("certified: no failure, whatever the regime and the values", "[stat][certified]") {
