@@ -5,6 +5,11 @@
 #include "vattn/config.hpp"             // version, feature macros
 #include "vattn/status.hpp"             // what a call returns
 #include "vattn/kv/view.hpp"            // K and V where they lie
+#include "vattn/kv/ragged.hpp"          // sequences of different lengths
+#include "vattn/kv/flashinfer.hpp"      // and the caches of engines
+#include "vattn/kv/vllm.hpp"
+#include "vattn/kv/ggml.hpp"
+#include "vattn/kv/gemma_cpp.hpp"
 #include "vattn/options.hpp"            // scale, masks, windows, sinks
 #include "vattn/select/selector.hpp"    // what is read exactly
 #include "vattn/select/index.hpp"       // what is known of keys without reading them

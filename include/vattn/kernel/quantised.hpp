@@ -66,6 +66,11 @@ class block_row {
 };
 static_assert(tile % block_elements == 0, "a tile is decoded in whole blocks");
 
+/// One element of an FP8 cache.
+struct e4m3 {
+  std::uint8_t bits;
+};
+
 /// One byte of e4m3, exactly.
 [[nodiscard]] inline float e4m3_to_float(std::uint8_t bits) noexcept {
   const std::uint32_t magnitude = static_cast<std::uint32_t>(bits & 0x7fu) << 20;
@@ -78,15 +83,14 @@ static_assert(tile % block_elements == 0, "a tile is decoded in whole blocks");
 /// scale·e4m3.
 class e4m3_row {
  public:
-  e4m3_row(const std::uint8_t* bytes, std::size_t size, float scale) noexcept
-      : bytes_(bytes), size_(size), scale_(scale) {}
+  e4m3_row(const e4m3* first, std::size_t size, float scale) noexcept : first_(first), size_(size), scale_(scale) {}
   [[nodiscard]] std::size_t size() const noexcept { return size_; }
   void decode(std::size_t first, std::size_t count, float* out) const noexcept {
-    for (std::size_t j = 0; j < count; ++j) out[j] = scale_ * e4m3_to_float(bytes_[first + j]);
+    for (std::size_t j = 0; j < count; ++j) out[j] = scale_ * e4m3_to_float(first_[first + j].bits);
   }
 
  private:
-  const std::uint8_t* bytes_;
+  const e4m3* first_;
   std::size_t size_;
   float scale_;
 };

@@ -120,8 +120,8 @@ TEST_CASE("arithmetic of quantised rows against double precision", "[kernel][qua
     check_arithmetic(kernel::block_row<q4_0_block>(four.data(), width), width);
   }
   for (const std::size_t width : {0u, 1u, 80u, 127u, 128u, 129u, 300u}) {
-    std::vector<std::uint8_t> bytes(width);
-    for (auto& b : bytes) b = static_cast<std::uint8_t>(random() & 0xbfu);  // |x| < 2^1, no NaN
+    std::vector<kernel::e4m3> bytes(width);
+    for (auto& b : bytes) b.bits = static_cast<std::uint8_t>(random() & 0xbfu);  // |x| < 2, no NaN
     check_arithmetic(kernel::e4m3_row(bytes.data(), width, 0.03f), width);
   }
 }
