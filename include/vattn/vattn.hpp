@@ -29,8 +29,11 @@
 #include "vattn/budget/targets.hpp"     // how much is enough: as published
 #include "vattn/budget/output.hpp"      // how much is enough: for the output
 #include "vattn/certify/certificate.hpp"
+#include "vattn/certify/decision.hpp"   // which rows, with which weights
 #include "vattn/policy.hpp"             // the slots, and the paper's presets
 #include "vattn/exact_attention.hpp"    // every row
 #include "vattn/importance_attention.hpp"  // rows by importance
 #include "vattn/vattention.hpp"         // the rows that are needed
+#include "vattn/runtime/plan.hpp"       // planned once, run by an engine's own threads
+#include "vattn/runtime/audit.hpp"      // whether the promise holds where it is used
 // clang-format on

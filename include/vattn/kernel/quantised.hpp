@@ -55,6 +55,7 @@ class block_row {
   block_row(const B* blocks, std::size_t size) noexcept : blocks_(blocks), size_(size) {}
   [[nodiscard]] std::size_t size() const noexcept { return size_; }
   [[nodiscard]] const B* data() const noexcept { return blocks_; }
+  [[nodiscard]] std::size_t size_bytes() const noexcept { return size_ / block_elements * sizeof(B); }
   void decode(std::size_t first, std::size_t count, float* out) const noexcept {
     for (std::size_t j = 0; j < count; j += block_elements)
       decode_block(blocks_[(first + j) / block_elements], out + j);
