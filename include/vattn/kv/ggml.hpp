@@ -42,9 +42,10 @@ class ggml_cache : public placed_kv<padded_sequences, K, V> {
         element_{k.nb[0], v.nb[0]},
         transposed_(transposed) {}
 
-  [[nodiscard]] ggml_cache with_norms(const row_norms& norms) const noexcept {
+  /// `room`: cells of the whole cache, of which the tensors are a view.
+  [[nodiscard]] ggml_cache with_norms(const row_norms& norms, index_t room = 0) const noexcept {
     ggml_cache copy = *this;
-    static_cast<base&>(copy) = base::with_norms(norms);
+    static_cast<base&>(copy) = base::with_norms(norms, room);
     return copy;
   }
 

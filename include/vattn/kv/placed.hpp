@@ -113,20 +113,22 @@ class placed_kv {
   [[nodiscard]] index_t dv() const noexcept { return V::width == dynamic ? dv_ : V::width; }
 
   /// Numbers about the rows, kept in the cells' own order so that sequences may share pages: keys and values
-  /// [n_pages, n_kv_heads, page_size], value_centres [n_kv_heads, dv]. Without value norms a call reads all values.
-  [[nodiscard]] placed_kv with_norms(const row_norms& norms) const noexcept {
+  /// [n_pages, n_kv_heads, room], value_centres [n_kv_heads, dv]. `room` >= page_size is the distance between heads,
+  /// for views of a part of the cells; 0 = page_size. Without value norms a call reads all values.
+  [[nodiscard]] placed_kv with_norms(const row_norms& norms, index_t room = 0) const noexcept {
     placed_kv copy = *this;
     copy.norms_ = norms;
+    copy.norm_room_ = room;
     return copy;
   }
 
   [[nodiscard]] auto head(index_t batch, index_t h) const noexcept {
     const auto sequence = places_.sequence(batch);
+    const index_t room = norm_room_ == 0 ? places_.page_size() : norm_room_;
     const auto at = [h](const float* first, index_t width) { return first ? first + h * width : nullptr; };
-    const row_norms norms{at(norms_.keys, places_.page_size()), at(norms_.values, places_.page_size()),
-                          at(norms_.value_centres, dv())};
-    return placed_head<std::remove_cvref_t<decltype(sequence)>, K, V>(
-        sequence, k_, v_, norms, n_kv_heads_ * places_.page_size(), h, places_.length(batch), dk_, dv_);
+    const row_norms norms{at(norms_.keys, room), at(norms_.values, room), at(norms_.value_centres, dv())};
+    return placed_head<std::remove_cvref_t<decltype(sequence)>, K, V>(sequence, k_, v_, norms, n_kv_heads_ * room, h,
+                                                                      places_.length(batch), dk_, dv_);
   }
 
   [[nodiscard]] status validate() const noexcept {
@@ -142,6 +144,10 @@ class placed_kv {
                            ll(K::width), ll(V::width), ll(dk_), ll(dv_));
     }
     if (status s = places_.validate(); !s) return s;
+    if (norm_room_ != 0 && norm_room_ < places_.page_size()) {
+      return status::error(errc::invalid_argument, "norms have room for %lld cells a head, but there are %lld",
+                           ll(norm_room_), ll(places_.page_size()));
+    }
     index_t longest = 0;
     for (index_t b = 0; b < n_batch(); ++b) longest = std::max<index_t>(longest, places_.length(b));
     if (longest == 0) return {};  // no row is ever read
@@ -185,6 +191,7 @@ class placed_kv {
   row_store<K> k_{};
   row_store<V> v_{};
   row_norms norms_{};
+  index_t norm_room_ = 0;
   index_t n_kv_heads_ = 1, dk_ = 0, dv_ = 0;
 };
 

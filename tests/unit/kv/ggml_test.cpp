@@ -149,6 +149,24 @@ TEST_CASE("a ggml graph's tensors: q permuted, mask of half padded, heads broadc
   CHECK(heads.at(1, 3, 2)(5) == static_cast<float>(mask[static_cast<std::size_t>((3 * 16 + 2) * 650 + 5)]));
 }
 
+TEST_CASE("norms of a view of some cells of a ggml cache", "[kv][ggml]") {
+  ragged<float> r({.heads = 2, .kv_heads = 2, .dk = 32, .dv = 32}, {40, 40});
+  const tensor<float> k(r, true), v(r, false);
+  std::vector<float> norms(2 * 2 * 64, not_a_number);  // [streams, heads, 64 cells], 40 of them in the view
+  r.for_each_row([&](index_t b, index_t h, index_t t) {
+    norms[static_cast<std::size_t>((b * 2 + h) * 64 + t)] = static_cast<float>(10000 * b + 100 * h + t);
+  });
+  const auto view = ggml_kv<float>(k.layout, v.layout).with_norms({.keys = norms.data(), .values = norms.data()}, 64);
+  check_rows(r, view);
+  index_t wrong = 0;
+  r.for_each_row([&](index_t b, index_t h, index_t t) {
+    wrong += view.head(b, h).value_norm(t) != static_cast<float>(10000 * b + 100 * h + t);
+    wrong += view.head(b, h).key_norm(t) != static_cast<float>(10000 * b + 100 * h + t);
+  });
+  CHECK(wrong == 0);
+  CHECK(contains(view.with_norms({.keys = norms.data()}, 39).validate().message(), "room for 39 cells a head"));
+}
+
 TEST_CASE("ggml tensors that cannot be meant say why", "[kv][ggml]") {
   ragged<float> r({.heads = 2, .kv_heads = 2, .dk = 32, .dv = 32}, {40});
   const tensor<float> k(r, true), v(r, false);
