@@ -17,6 +17,7 @@ template <kv_head Head>
 struct query_row {
   Head head;
   const float* scaled_query;
+  float scale = 1;  ///< that is in it
   float softcap = 0;
   float alibi_slope = 0;
   float sink_logit = -std::numeric_limits<float>::infinity();
@@ -32,6 +33,9 @@ struct query_row {
     using kernel::dot;
     return transform(dot(scaled_query, head.key(token)), token);
   }
+
+  /// Whether `transform` does anything.
+  [[nodiscard]] bool transforms() const noexcept { return softcap > 0 || mask || alibi_slope != 0; }
 
   /// Cap, mask and position bias of a scaled product; increasing in `s`, so it maps bounds to bounds.
   [[nodiscard]] float transform(float s, index_t token) const noexcept {
@@ -75,6 +79,8 @@ class population {
   [[nodiscard]] bool contiguous() const noexcept { return list_ == nullptr; }
   /// Token (row of the cache) at place j of the population.
   [[nodiscard]] index_t operator[](index_t j) const noexcept { return list_ ? index_t{list_[j]} : first_ + j; }
+  /// The tokens themselves, [size()], or null where they are a range.
+  [[nodiscard]] const ordinal* list() const noexcept { return list_; }
 
  private:
   index_t first_ = 0, size_ = 0;

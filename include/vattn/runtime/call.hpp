@@ -193,6 +193,43 @@ template <class Q, kv_cache KV>
   return result.decisions.check({batch, queries, heads}, n);
 }
 
+/// `place` is (batch·n_queries + query)·n_heads + head.
+[[nodiscard]] inline status non_finite_error(index_t place, index_t n_queries, index_t n_heads) noexcept {
+  return status::error(
+      errc::non_finite,
+      "a NaN or infinity was read, or a product overflowed float, for batch %lld, query %lld, head %lld: check q, "
+      "K, V, the mask and the sink logits of that head",
+      static_cast<long long>(place / n_heads / n_queries), static_cast<long long>(place / n_heads % n_queries),
+      static_cast<long long>(place % n_heads));
+}
+
+/// The lowest failing row of a call, so that its message does not depend on the threads. −1: none.
+inline void keep_lowest(std::atomic<index_t>& failed, index_t place) noexcept {
+  for (index_t seen = failed.load(); (seen < 0 || place < seen) && !failed.compare_exchange_weak(seen, place);) {
+  }
+}
+
+/// Query t of T for head h: everything that its logits need. Scales the query into `scaled`, [dk].
+template <class Q, kv_head Head>
+[[nodiscard]] query_row<Head> make_row(const tensor_view<const Q, 4>& q, const Head& head,
+                                       const attention_options& options, index_t b, index_t t, index_t h, index_t kv,
+                                       std::span<float> scaled) noexcept {
+  query_row<Head> row{.head = head, .scaled_query = scaled.data()};
+  row.scale = options.scale;
+  row.softcap = options.softcap;
+  row.position = head.size() - q.extents[1] + t;
+  row.kv_head = kv;
+  row.mask = options.mask.at(b, h, t);
+  row.positions = options.positions.at(b);
+  if (row.positions && options.positions.queries) row.position = options.positions.queries(b, t);
+  if (options.alibi_slopes) row.alibi_slope = options.alibi_slopes[h];
+  if (options.sink_logits) row.sink_logit = options.sink_logits[h];
+  using kernel::load;
+  load(std::span<const Q>(&q(b, t, h, 0), scaled.size()), scaled.data());
+  for (float& x : scaled) x *= options.scale;
+  return row;
+}
+
 /// Heads of a group that share a sample. Larger groups are cut.
 inline constexpr index_t max_shared = 8;
 
@@ -286,19 +323,7 @@ template <class Q, kv_cache KV, executor E, class Attend>
       scratch s = scratch::take(a, n_max, dk, dv, masked, sparse);
       s.chosen = result.decisions.at(b, t, h);
       s.chosen.clear();
-      query_row<head_type> row{.head = head, .scaled_query = s.query.data()};
-      row.softcap = options.softcap;
-      row.position = n - n_queries + t;
-      row.kv_head = b * cache.n_kv_heads() + kv;
-      row.mask = options.mask.at(b, h, t);
-      row.positions = options.positions.at(b);
-      if (row.positions && options.positions.queries) row.position = options.positions.queries(b, t);
-      if (options.alibi_slopes) row.alibi_slope = options.alibi_slopes[h];
-      if (options.sink_logits) row.sink_logit = options.sink_logits[h];
-      using kernel::load;
-      load(std::span<const Q>(&q(b, t, h, 0), static_cast<std::size_t>(dk)), s.query.data());
-      for (float& x : s.query) x *= options.scale;
-
+      const query_row<head_type> row = make_row(q, head, options, b, t, h, b * cache.n_kv_heads() + kv, s.query);
       const population tokens = visible_tokens(row, n, n_queries, t, options, sparse, s);
       const random_stream stream({key.seed, key.layer, key.step + static_cast<std::uint32_t>(t)},
                                  static_cast<std::uint32_t>(b * n_heads + h));
@@ -317,9 +342,7 @@ template <class Q, kv_cache KV, executor E, class Attend>
                           kernel::const_float_map(one.s.output.data(), dv).allFinite();
       if (!finite) {
         if (one.s.lagging) lagging = true;
-        // The lowest failing row, so that the message does not depend on the threads.
-        for (index_t seen = failed.load(); (seen < 0 || place < seen) && !failed.compare_exchange_weak(seen, place);) {
-        }
+        keep_lowest(failed, place);
       }
       one.c.log_denominator = lse;
       for (index_t j = 0; j < dv; ++j) result.output(b, t, h, j) = one.s.output[static_cast<std::size_t>(j)];
@@ -335,12 +358,7 @@ template <class Q, kv_cache KV, executor E, class Attend>
           "the selector's index has no state for a KV head or lacks its latest tokens: give one index for "
           "each of batch x KV heads, and append the new keys before the call");
     }
-    return status::error(
-        errc::non_finite,
-        "a NaN or infinity was read, or a product overflowed float, for batch %lld, query %lld, head %lld: check q, "
-        "K, V, the mask and the sink logits of that head",
-        static_cast<long long>(place / n_heads / n_queries), static_cast<long long>(place / n_heads % n_queries),
-        static_cast<long long>(place % n_heads));
+    return non_finite_error(place, n_queries, n_heads);
   }
   return {};
 }

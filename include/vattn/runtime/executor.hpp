@@ -1,4 +1,4 @@
-// Who runs the independent (batch, query, head) tasks of a call. The library starts no thread of its own.
+// Who runs the independent (batch, query, head) tasks of a call. The library starts no thread of its own accord.
 #pragma once
 
 #include <algorithm>
@@ -33,8 +33,8 @@ struct serial_executor {
   }
 };
 
-/// std::threads started for each call: simple, for prefill-sized work and tests. A decode loop wants a
-/// pool, or the engine's own threads behind the same two members.
+/// std::threads started for each call: simple, for prefill-sized work and tests. A decode loop wants a pool
+/// (runtime/thread_pool.hpp), OpenMP's (runtime/openmp.hpp), or the engine's own threads behind the same two members.
 class thread_executor {
  public:
   explicit thread_executor(index_t threads) : threads_(threads < 1 ? 1 : threads) {}

@@ -1,0 +1,160 @@
+// Block kernels: every instruction set that the machine has against naive loops in double.
+#include <cmath>
+#include <random>
+#include <vattn/kernel/block.hpp>
+#include <vector>
+
+#include "support/catch.hpp"
+
+namespace {
+
+using namespace vattn;
+using kernel::block_rows;
+using kernel::isa;
+
+std::vector<isa> available() {
+  std::vector<isa> all;
+  for (const isa i : kernel::isa_levels) {
+    if (i <= kernel::widest_isa()) all.push_back(i);
+  }
+  return all;
+}
+
+template <class T>
+void check(index_t dim, index_t groups, index_t count, bool gathered, bool short_queries = false) {
+  std::mt19937 random(static_cast<unsigned>(dim * 100 + groups * 10 + count));
+  std::normal_distribution<float> normal;
+  const index_t stride = dim + 3, total = 200, first = 5;  // in elements: rows of odd alignment
+  std::vector<T> rows(static_cast<std::size_t>(stride * total));
+  for (T& x : rows) x = T(normal(random));
+  std::vector<float> q(static_cast<std::size_t>(groups * dim)), x(static_cast<std::size_t>(groups * block_rows));
+  const float scale = 0.31f;
+  for (float& v : q) v = scale * (short_queries ? static_cast<float>(Eigen::bfloat16(normal(random))) : normal(random));
+  std::vector<float> storage(kernel::query_storage(groups, dim), std::nanf(""));
+  for (float& v : x) v = normal(random);
+  std::vector<ordinal> places;
+  for (index_t i = 0; i < count; ++i) places.push_back(static_cast<ordinal>((i * 37 + 11) % total));
+  const kernel::strided_rows all{reinterpret_cast<const std::byte*>(rows.data()),
+                                 stride * static_cast<index_t>(sizeof(T))};
+  const kernel::block_of_rows block =
+      gathered ? kernel::block_of_rows::gathered(all, places.data(), count) : kernel::block_of_rows(all, first, count);
+  const auto element = [&](index_t i, index_t d) {
+    const index_t row = gathered ? index_t{places[static_cast<std::size_t>(i)]} : first + i;
+    return static_cast<double>(static_cast<float>(rows[static_cast<std::size_t>(row * stride + d)]));
+  };
+  for (const isa how : available()) {
+    CAPTURE(to_string(how), dim, groups, count, gathered);
+    std::vector<float> out(static_cast<std::size_t>(groups * block_rows), -7),
+        acc(static_cast<std::size_t>(groups * dim), 2);
+    const kernel::block_queries queries = kernel::prepare_queries<T>(how, q.data(), groups, dim, scale, storage);
+    CHECK((queries.halves != nullptr) ==
+          (short_queries && how == isa::avx512_bf16 && std::same_as<T, Eigen::bfloat16>));
+    kernel::block_logits<T>(queries, block, out.data());
+    kernel::block_add<T>(how, x.data(), groups, block, dim, acc.data());
+    double worst = 0;
+    for (index_t g = 0; g < groups; ++g) {
+      for (index_t i = 0; i < count; ++i) {
+        const float got = out[static_cast<std::size_t>(g * block_rows + i)];
+        double want = 0, size = 0;
+        for (index_t d = 0; d < dim; ++d) {
+          const double term = static_cast<double>(q[static_cast<std::size_t>(g * dim + d)]) * element(i, d);
+          want += term, size += std::abs(term);
+        }
+        worst = std::max(worst, std::abs(static_cast<double>(got) - want) / size);
+      }
+      for (index_t d = 0; d < dim; ++d) {
+        double want = 2, size = 2;
+        for (index_t i = 0; i < count; ++i) {
+          const double term = static_cast<double>(x[static_cast<std::size_t>(g * block_rows + i)]) * element(i, d);
+          want += term, size += std::abs(term);
+        }
+        worst =
+            std::max(worst, std::abs(static_cast<double>(acc[static_cast<std::size_t>(g * dim + d)]) - want) / size);
+      }
+    }
+    CHECK(worst < 1e-6);
+  }
+}
+
+}  // namespace
+
+TEST_CASE("block kernels are the naive loops, for every type, size, group and fill", "[kernel][block]") {
+  for (const index_t dim : {1, 7, 16, 64, 80, 96, 128, 256, 576}) {
+    for (const index_t groups : {1, 2, 3, 4, 5, 8}) {
+      for (const index_t count : {1, 3, 17, 64}) {
+        check<float>(dim, groups, count, false);
+        check<Eigen::half>(dim, groups, count, groups % 2 == 0);
+        check<Eigen::bfloat16>(dim, groups, count, true);
+        check<Eigen::bfloat16>(dim, groups, count, groups % 2 == 1, true);
+      }
+    }
+  }
+}
+
+TEST_CASE("halves of every kind are converted as in a row", "[kernel][block]") {
+  // Zeros, subnormals, normals, infinities: the product with 1 is the element.
+  std::vector<Eigen::half> rows;
+  for (unsigned bits = 0; bits < 65536; bits += 7) {
+    if ((bits & 0x7c00u) == 0x7c00u && (bits & 0x3ffu) != 0) continue;  // NaN
+    rows.push_back(std::bit_cast<Eigen::half>(static_cast<std::uint16_t>(bits)));
+  }
+  const float one = 1;
+  for (const isa how : available()) {
+    for (std::size_t first = 0; first + 64 <= rows.size(); first += 64) {
+      float acc[64] = {};
+      // One row of 64 elements.
+      const kernel::block_of_rows row({reinterpret_cast<const std::byte*>(rows.data() + first), 128}, 0, 1);
+      float x[block_rows] = {one};
+      kernel::block_add<Eigen::half>(how, x, 1, row, 64, acc);
+      for (std::size_t d = 0; d < 64; ++d)
+        REQUIRE(acc[d] == kernel::half_to_float(std::bit_cast<std::uint16_t>(rows[first + d])));
+    }
+  }
+}
+
+TEST_CASE("block exponentials to 5e-7, and 0 far below", "[kernel][block]") {
+  for (const isa how : available()) {
+    CAPTURE(to_string(how));
+    double worst = 0;
+    for (int start = 0; start < 400; ++start) {
+      float x[block_rows];
+      const index_t n = 1 + start % 64;
+      for (index_t i = 0; i < n; ++i) x[i] = 3.25f - static_cast<float>(start * 64 + i) * 0.0034f;
+      std::vector<float> before(x, x + n);
+      double sum = 0;
+      const float total = kernel::block_exponentials(how, x, n, 3.25f);
+      for (index_t i = 0; i < n; ++i) {
+        const double want = std::exp(static_cast<double>(before[static_cast<std::size_t>(i)]) - 3.25);
+        worst = std::max(worst, std::abs(static_cast<double>(x[i]) - want) / want);
+        sum += static_cast<double>(x[i]);
+      }
+      CHECK(std::abs(static_cast<double>(total) - sum) <= 1e-5 * sum);
+    }
+    CHECK(worst < 5e-7);
+    float far[block_rows] = {0, -88, -200, -std::numeric_limits<float>::infinity()};
+    CHECK(kernel::block_exponentials(how, far, 4, 0) == 1);
+    CHECK(far[0] == 1);
+    CHECK((far[1] == 0 && far[2] == 0 && far[3] == 0));
+  }
+}
+
+TEST_CASE("the block maximum sees every place, and every number that is not finite", "[kernel][block]") {
+  constexpr float infinity = std::numeric_limits<float>::infinity();
+  for (const isa how : available()) {
+    CAPTURE(to_string(how));
+    for (index_t n = 1; n <= block_rows; ++n) {
+      for (index_t at = 0; at < n; ++at) {
+        std::vector<float> x(block_rows, infinity);  // what lies behind n is not looked at
+        std::fill_n(x.begin(), n, -3.0f);
+        float top = 0;
+        x[static_cast<std::size_t>(at)] = -2;
+        REQUIRE(kernel::block_maximum(how, x.data(), n, top));
+        REQUIRE(top == -2);
+        for (const float odd : {infinity, -infinity, std::nanf("")}) {
+          x[static_cast<std::size_t>(at)] = odd;
+          REQUIRE_FALSE(kernel::block_maximum(how, x.data(), n, top));
+        }
+      }
+    }
+  }
+}
