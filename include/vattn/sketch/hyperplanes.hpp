@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "vattn/kernel/row.hpp"
+#include "vattn/runtime/room.hpp"
 #include "vattn/sample/philox.hpp"
 
 namespace vattn::sketch {
@@ -66,10 +67,13 @@ class hash_tables {
   [[nodiscard]] std::size_t projections() const noexcept { return static_cast<std::size_t>(planes_.count()); }
   [[nodiscard]] const std::vector<float>& centre() const noexcept { return centre_; }
 
-  /// Adds a key; returns the norm of what is left of it after centring.
+  /// Adds a key; returns the norm of what is left of it after centring. A key that is not of dim() elements is not
+  /// taken, and -1 returned.
   template <kernel::row R>
   float append(const R& key) {
     using kernel::load;
+    if (static_cast<index_t>(key.size()) != dim()) return -1;
+    vattn::detail::make_room(buckets_, static_cast<std::size_t>(tables_));
     load(key, key_.data());
     for (std::size_t j = 0; j < key_.size(); ++j) key_[j] -= centre_[j];
     planes_.project(key_.data(), projected_.data());
