@@ -247,7 +247,9 @@ void sample_by_importance(head_group<Head>& group, const config& settings, const
       // Of honest scores one in 16000 is off by 4σ. More than that: they do not know their own error.
       if (head.unusable || head.breaches > 2 + count / 100) return;
       task.ok = head.look(task, count, settings, shape, frame, entered);
-      left |= task.ok && !head.done;
+      // A head that asks for nothing more will see nothing else.
+      left |= task.ok && !head.done &&
+              (head.share > head.entered_share || head.floor > head.entered_floor || head.offset > head.entered_offset);
     });
     if (!left) break;
   }

@@ -9,6 +9,7 @@
 #include <string_view>
 #include <vector>
 
+#include "vattn/kernel/row_size.hpp"
 #include "vattn/sketch/hyperplanes.hpp"
 #include "vattn/status.hpp"
 
@@ -173,7 +174,7 @@ class hash_attention {
   template <kernel::row R>
   void append(const R& key) {
     using kernel::load;
-    if (static_cast<index_t>(key.size()) != dim()) return;
+    if (!kernel::has_size(key, dim())) return;
     load(key, key_.data());
     map_.key(key_.data(), buffer_.data(), buffer_.data() + map_.bits());
     signatures_.push_back(signs(buffer_.data()));

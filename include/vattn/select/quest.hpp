@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "vattn/kernel/row.hpp"
+#include "vattn/kernel/row_size.hpp"
 #include "vattn/runtime/room.hpp"
 
 namespace vattn::select {
@@ -42,7 +43,7 @@ class quest {
   template <kernel::row R>
   void append(const R& key) {
     using kernel::load;
-    if (key.size() != dim_) return;
+    if (!kernel::has_size(key, dim())) return;
     const std::size_t in_page = size_ % page_;
     vattn::detail::make_room(extremes_, in_page == 0 ? 2 * dim_ : 0);
     vattn::detail::make_room(last_, dim_);

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "vattn/kernel/row.hpp"
+#include "vattn/kernel/row_size.hpp"
 #include "vattn/runtime/room.hpp"
 #include "vattn/sketch/rotation.hpp"
 
@@ -67,7 +68,7 @@ class key_codes {
   template <kernel::row R>
   void append(const R& key) {
     using kernel::load;
-    if (static_cast<index_t>(key.size()) != dim()) return;
+    if (!kernel::has_size(key, dim())) return;
     const index_t token = size();
     vattn::detail::make_room(codes_, row_bytes_);
     vattn::detail::make_room(scale_, 1);

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "vattn/kernel/row.hpp"
+#include "vattn/kernel/row_size.hpp"
 #include "vattn/kv/view.hpp"
 #include "vattn/runtime/room.hpp"
 #include "vattn/sketch/codebook.hpp"
@@ -61,7 +62,7 @@ class learned_codes {
   template <kernel::row R>
   void append(const R& key) {
     using kernel::load;
-    if (static_cast<index_t>(key.size()) != dim_) return;
+    if (!kernel::has_size(key, dim_)) return;
     load(key, point_.data());
     if (!trained() && size_ + 1 == how_.train_size) {
       learned_codes next = *this;  // aside, so that memory that runs out while it learns changes nothing
