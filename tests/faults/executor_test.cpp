@@ -23,6 +23,17 @@ struct executor_of {
   }
 };
 
+// The even or the odd tasks; `too_many` more are claimed.
+struct every_other {
+  index_t ith, too_many;
+  [[nodiscard]] index_t workers() const noexcept { return 1; }
+  [[nodiscard]] index_t share(index_t n) const noexcept { return (n - ith + 1) / 2 + too_many; }
+  template <class F>
+  void for_each(index_t n, F&& f) const {
+    for (index_t task = ith; task < n; task += 2) f(task, index_t{0});
+  }
+};
+
 template <class Next>
 vattn::status call_with(Next next) {
   problem<float> p({.queries = 2, .heads = 4, .kv_heads = 2, .n = 600, .dk = 8, .dv = 8});
@@ -79,4 +90,17 @@ TEST_CASE("an executor that leaves out, repeats or makes up tasks", "[faults]") 
   CHECK(contains(why([](index_t task, index_t, auto& f) { f(-1 - task, index_t{0}); }), "ran 0 of "));
   CHECK(contains(why([](index_t task, index_t, auto& f) { f(task, index_t{2}); }), "with worker in [0, workers())"));
   CHECK(contains(why([](index_t task, index_t, auto& f) { f(task, index_t{-1}); }), "ran 0 of "));
+}
+
+TEST_CASE("an executor that says that it does a part of the tasks has to do that part", "[faults]") {
+  problem<float> p({.queries = 2, .heads = 4, .kv_heads = 2, .n = 600, .dk = 8, .dv = 8});
+  results r(p.s);
+  vattn::workspace memory;
+  const auto call = [&](index_t ith, index_t too_many) {
+    return vattn::exact_attention(p.query(), p.cache(), p.options, r.view(), memory, every_other{ith, too_many});
+  };
+  CHECK(call(0, 0).ok());
+  CHECK(call(1, 0).ok());
+  CHECK(compare(p, r).output < 1e-4);  // both halves
+  CHECK(call(0, 1).code() == vattn::errc::executor_failed);
 }

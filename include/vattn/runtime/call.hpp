@@ -294,7 +294,9 @@ template <class Q, kv_cache KV, executor E, class Attend>
 #else
   exec.for_each(tasks, run);
 #endif
-  if (const index_t ran = done.load(); ran != tasks) {
+  index_t share = tasks;
+  if constexpr (requires { exec.share(tasks); }) share = exec.share(tasks);
+  if (const index_t ran = done.load(); ran != share) {
     if (ran < 0) {
       return status::error(errc::executor_failed,
                            "the executor threw: call again, with vattn::serial_executor if it keeps failing");
@@ -302,7 +304,7 @@ template <class Q, kv_cache KV, executor E, class Attend>
     return status::error(errc::executor_failed,
                          "the executor ran %lld of %lld tasks: for_each(n, f) must call f(task, worker) once for each "
                          "task in [0, n), with worker in [0, workers())",
-                         static_cast<long long>(ran), static_cast<long long>(tasks));
+                         static_cast<long long>(ran), static_cast<long long>(share));
   }
   if (const index_t place = failed.load(); place >= 0) {
     if (lagging.load()) {
