@@ -1,6 +1,8 @@
 // vattention<Policy>: verified sparse attention, the whole pipeline.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <utility>
 
 #include "vattn/certified_attention.hpp"
@@ -106,7 +108,12 @@ class vattention {
     s.lagging = scores.lagging;
     if (!scores.ok) return false;
     ranking order(s.scores, settings_.sinks, n - settings_.window, s.order);
-    split want = target::first(n, order.size(), selector_.heavy_count(order, n, settings_), settings_);
+    const index_t heavy = std::clamp<index_t>(selector_.heavy_count(order, n, settings_), 0, order.size());
+    // A selector that ranks nothing need not have written scores.
+    if ((heavy > 0 || scores.kind != score_kind::ranking) &&
+        !can_rank(scores, s.scores.first(static_cast<std::size_t>(n))))
+      return attend_exactly(row, tokens, s, state, c);
+    split want = target::first(n, order.size(), heavy, settings_);
 
     // Exact part: sinks and window, then the ranking's best as they come.
     add_sink(state, row.sink_logit);
@@ -135,6 +142,10 @@ class vattention {
       finite = sample.grow(want.sampled);
       const estimate now = make_estimate(state, moments, sample.population_size(), s.offset);
       if (!finite || !now.finite) return false;
+      // Scores that are to bound logits, and do not: nothing may rest on them. Of upper_scores that are honest 3 in
+      // 1000 are too low.
+      c.breaches = breaches(sample.rows(), scores, s.scores);
+      if (c.breaches > 2 + sample.count() / 20) return attend_exactly(row, tokens, s, state, c);
 
       const look seen{now,
                       moments,
@@ -178,6 +189,17 @@ class vattention {
       }
     }
     return false;
+  }
+
+  // Sampled rows whose logit is above what their score says at most. A contribution is at least the logit plus
+  // log(offset).
+  [[nodiscard]] static index_t breaches(std::span<const drawn_row> rows, const score_result& said,
+                                        std::span<const float> scores) noexcept {
+    if (said.kind == score_kind::ranking) return 0;
+    const float least = said.kind == score_kind::contribution ? std::log(said.value_offset) : 0.0f;
+    index_t count = 0;
+    for (const drawn_row& r : rows) count += r.logit + least > scores[r.place] + 1e-3f * (1 + std::abs(r.logit));
+    return count;
   }
 
   static constexpr bool shares_sample = requires { requires sampler::shared; };

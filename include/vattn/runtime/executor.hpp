@@ -17,7 +17,9 @@ struct task_probe {
 
 /// `for_each(n, f)` calls f(task, worker) once for every task in [0, n), worker in [0, workers()), and
 /// returns when all are done; two tasks never share a worker at the same time. Tasks are independent and
-/// draw from streams of their own, so no order or thread count changes a result.
+/// draw from streams of their own, so no order or thread count changes a result. It may throw, once no task runs any
+/// more: the call then returns errc::executor_failed, as it does if tasks are left out, repeated or made up.
+/// One that does a part of the tasks on purpose says how many: `share(n)`.
 template <class E>
 concept executor = requires(E& e, index_t n) {
   { e.workers() } -> std::convertible_to<index_t>;
