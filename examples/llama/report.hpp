@@ -23,6 +23,7 @@ using json = nlohmann::ordered_json;
   json j;
   j["task"] = s.task, j["length"] = s.length, j["method"] = to_string(s.method->choice.how);
   j["epsilon"] = s.setting->epsilon ? json(*s.setting->epsilon) : json(nullptr);
+  j["budget"] = s.setting->density ? json(*s.setting->density) : json(nullptr);
   j["delta"] = promised ? json(s.method->choice.settings.delta) : json(nullptr);
   j["correct"] = text ? json(nullptr) : json(s.correct), j["total"] = s.total;
   j["accuracy"] = text ? json(nullptr) : share(static_cast<double>(s.correct), total);
