@@ -44,6 +44,12 @@ std::vector<std::int32_t> bytes_of(const std::string& text) {
   for (const char c : text) tokens.push_back(static_cast<unsigned char>(c));
   return tokens;
 }
+// [[question, answer], ...]: in braces alone two strings would be a key and its value.
+json pairs(const std::vector<std::vector<json>>& all) {
+  json list = json::array();
+  for (const auto& one : all) list.push_back(json(one));
+  return list;
+}
 std::int32_t argmax(const std::vector<double>& x) {
   return static_cast<std::int32_t>(std::max_element(x.begin(), x.end()) - x.begin());
 }
@@ -58,7 +64,7 @@ struct files {
   explicit files(std::size_t n, Arguments... arguments) : model(arguments...), text(random_text(n)) {
     model.write(f);
     write_bytes(f / "text", text);
-    inputs = option("model", f.path.string()) + "--threads 2 ";
+    inputs = option("model", f.path.string());
   }
   // The report of a run that must go well.
   [[nodiscard]] json report(const std::string& options) const {
@@ -184,7 +190,7 @@ TEST_CASE("every method on one prefill, audited", "[llama]") {
 TEST_CASE("draws follow the seed and nothing else", "[llama]") {
   const files f(2100);
   const std::string options = "--context 2000 --bytes 20 --epsilon 0.3 ";
-  const double once = f.bits(options);
+  const double once = f.bits(options + "--threads 3");
   CHECK(f.bits(options + "--threads 1") == once);
   CHECK(f.bits(options + "--seed 5") != once);
   for (const std::string method : {"--selector quest", "--selector exact", "--share-group", "--two-phase --bits 4",
@@ -211,7 +217,7 @@ TEST_CASE("answers count when every byte was the most likely one", "[llama]") {
     if (q == 1) answer[2] = static_cast<char>(answer[2] + 1);
     if (q == 2) answer[0] = static_cast<char>(answer[0] + 1);
     fed += answer;
-    qa.push_back({question, answer});
+    qa.push_back(json::array({question, answer}));
   }
   // Bytes above 127 do not survive JSON: as token ids.
   const auto ids = [](const std::string& text) {
@@ -219,7 +225,7 @@ TEST_CASE("answers count when every byte was the most likely one", "[llama]") {
     for (const std::int32_t b : bytes_of(text)) out += std::to_string(b) + " ";
     return out;
   };
-  for (auto& pair : qa) pair = {ids(pair[0].get<std::string>()), ids(pair[1].get<std::string>())};
+  for (auto& pair : qa) pair = json::array({ids(pair[0].get<std::string>()), ids(pair[1].get<std::string>())});
   json line = {{"task", "t"}, {"length", 200}, {"id", "one"}, {"context", ids(context)}, {"qa", qa}};
   std::string prompts = line.dump() + "\n\n";
   line["length"] = 100;
@@ -373,7 +379,7 @@ TEST_CASE("weights that cannot be run are refused", "[llama]") {
 
 TEST_CASE("prompts that cannot be asked are refused, by their line", "[llama]") {
   const files f(20);
-  const json good = {{"task", "t"}, {"length", 5}, {"id", "x"}, {"context", "abc"}, {"qa", {{"q", "a"}}}};
+  const json good = {{"task", "t"}, {"length", 5}, {"id", "x"}, {"context", "abc"}, {"qa", pairs({{"q", "a"}})}};
   const std::string options = f.inputs + option("prompts", f.f / "p.jsonl");
   const auto refused = [&](const std::string& line, const std::string& words) {
     write_bytes(f.f / "p.jsonl", good.dump() + "\n" + line + "\n");
@@ -394,9 +400,9 @@ TEST_CASE("prompts that cannot be asked are refused, by their line", "[llama]") 
   refused(changed("context", nullptr), "context is no string");
   refused(changed("qa", 3), "qa is no list");
   refused(changed("qa", json::array()), "qa is empty");
-  refused(changed("qa", {{"only"}}), "no [question, answer]");
-  refused(changed("qa", {{"q", 5}}), "an answer is no string");
-  refused(changed("qa", {{"q", ""}}), "a question or an answer is empty");
+  refused(changed("qa", pairs({{"only"}})), "no [question, answer]");
+  refused(changed("qa", pairs({{"q", 5}})), "an answer is no string");
+  refused(changed("qa", pairs({{"q", ""}})), "a question or an answer is empty");
   refused("{\"task\": \"\xff\"}", "no JSON");
   write_bytes(f.f / "p.jsonl", "");
   check_refused(options, "no prompt");
@@ -461,9 +467,8 @@ TEST_CASE("a trained model: logits, and a needle that is found", "[llama]") {
                        {"length", 1600},
                        {"id", "short"},
                        {"context", context},
-                       {"qa",
-                        {{"\nQ: What is the secret code for piano-island? A: ", "80942"},
-                         {"\nQ: What is the secret code for robot-sphinx? A: ", "20981"}}}};
+                       {"qa", pairs({{"\nQ: What is the secret code for piano-island? A: ", "80942"},
+                                     {"\nQ: What is the secret code for robot-sphinx? A: ", "20981"}})}};
   write_bytes(f / "p.jsonl", prompt.dump());
   const outcome asked = llama(inputs + option("prompts", f / "p.jsonl") + option("json", f / "r.json") +
                               "--method dense,vattention,sinks-window --audit");

@@ -283,18 +283,18 @@ class folder {
       const nlohmann::json parsed = detail::parse_object(text, "the index");
       if (!parsed.contains("weight_map") || !parsed["weight_map"].is_object())
         throw std::runtime_error("it has no weight_map");
-      for (const auto& [name, shard] : parsed["weight_map"].items()) {
+      for (const auto& entry : parsed["weight_map"].items()) {
         const auto bad = [&](const char* what) {
-          return std::runtime_error("the shard of " + detail::in_quotes(name) + " " + what);
+          return std::runtime_error("the shard of " + detail::in_quotes(entry.key()) + " " + what);
         };
-        if (!shard.is_string()) throw bad("is no file name");
-        const auto text_of = shard.get<std::string>();
+        if (!entry.value().is_string()) throw bad("is no file name");
+        const auto shard = entry.value().get<std::string>();
         // A file beside the index: a name that leads elsewhere is none of ours.
-        if (text_of.empty() || text_of.find_first_of(std::string_view("/\\\0", 3)) != std::string::npos ||
-            text_of.starts_with('.'))
+        if (shard.empty() || shard.find_first_of(std::string_view("/\\\0", 3)) != std::string::npos ||
+            shard.starts_with('.'))
           throw bad("is no plain file name");
-        promised[name] = text_of;
-        shards.insert(text_of);
+        promised[entry.key()] = shard;
+        shards.insert(shard);
       }
     } catch (const std::runtime_error& e) {
       throw std::runtime_error(index.string() + ": " + e.what());
