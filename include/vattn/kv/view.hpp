@@ -83,6 +83,9 @@ struct row_norms {
   const float* keys = nullptr;           ///< ‖k‖, [n_batch, n_kv_heads, n_tokens]
   const float* values = nullptr;         ///< ‖v − centre‖, [n_batch, n_kv_heads, n_tokens]
   const float* value_centres = nullptr;  ///< [n_batch, n_kv_heads, dv]; null = the origin
+  /// Floats of `keys` and `values` from one KV head to the next, where a growing cache keeps room behind its tokens;
+  /// 0 = n_tokens.
+  index_t per_head = 0;
 };
 
 /// One head of a `kv_view`. DK and DV are compile-time head sizes, or `dynamic`.
@@ -152,10 +155,10 @@ class kv_view {
   [[nodiscard]] kv_head_view<TK, TV, DK, DV> head(index_t batch, index_t h) const noexcept {
     const index_t which = batch * shape_.n_kv_heads + h;
     const auto at = [which](const float* first, index_t width) { return first ? first + which * width : nullptr; };
+    const index_t per_head = norms_.per_head > 0 ? norms_.per_head : shape_.n_tokens;
     return {reinterpret_cast<const std::byte*>(k_) + batch * k_strides_.batch + h * k_strides_.head,
             reinterpret_cast<const std::byte*>(v_) + batch * v_strides_.batch + h * v_strides_.head,
-            row_norms{at(norms_.keys, shape_.n_tokens), at(norms_.values, shape_.n_tokens),
-                      at(norms_.value_centres, shape_.dv)},
+            row_norms{at(norms_.keys, per_head), at(norms_.values, per_head), at(norms_.value_centres, shape_.dv)},
             k_strides_.token,
             v_strides_.token,
             shape_.n_tokens,
