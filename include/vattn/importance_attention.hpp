@@ -144,6 +144,11 @@ struct importance_head {
       c.coherence = e.power > 0 ? std::sqrt(e.output2 / e.power) : 0;
       c.promise = B::kind, c.bound = B::name;
       c.assumptions = "asymptotic, as stated by the bound; and the scores' stated errors are true";
+      if (s.chosen) {
+        s.chosen.clear();
+        s.chosen.add_ends(task.tokens, settings.sinks, settings.window);
+        for (const weighted_row& r : rows) s.chosen.add(task.tokens[r.place], 1 / static_cast<double>(r.probability));
+      }
       return done = true;
     }
     floor = std::max(floor, needed);

@@ -38,16 +38,18 @@ class vattention {
 
   [[nodiscard]] const vattn::config& settings() const noexcept { return settings_; }
 
-  /// Bytes of workspace for sequences of at most n tokens.
+  /// Bytes of workspace for sequences of at most n tokens. `masked`: the call has a mask, or positions.
   [[nodiscard]] std::size_t workspace_bytes(index_t n, index_t dk, index_t dv, bool masked = false,
                                             index_t workers = 1) const noexcept {
     return call_bytes(n, dk, dv, masked, sizes(n, dv), workers);
   }
 
-  template <class Q, kv_cache KV, executor E = serial_executor>
+  /// `observe(head_task&)` sees each query of each head once it is done, on the thread that did it (see
+  /// runtime/audit.hpp).
+  template <class Q, kv_cache KV, executor E = serial_executor, class Observer = unobserved>
   status operator()(const tensor_view<const Q, 4>& q, const KV& cache, const attention_options& options,
-                    const attention_result& result, workspace& memory, const draw_key& key = {},
-                    E&& exec = E{}) const noexcept {
+                    const attention_result& result, workspace& memory, const draw_key& key = {}, E&& exec = E{},
+                    Observer&& observe = Observer{}) const noexcept {
     if (status s = settings_.validate(); !s) return s;
     if (status s = check_call(q, cache, options, result); !s) return s;
     vattention each = *this;
@@ -56,8 +58,10 @@ class vattention {
           std::max<index_t>(1, result.output.extents[0] * result.output.extents[1] * result.output.extents[2]));
     scratch::sparse_sizes sparse = sizes(longest(cache), cache.dv());
     sparse.shared = std::clamp<index_t>(q.extents[2] / cache.n_kv_heads(), 1, sparse.shared);
-    return for_each_group(q, cache, options, result, memory, key, exec, sparse,
-                          [&each](auto& heads) { each.attend(heads); });
+    return for_each_group(q, cache, options, result, memory, key, exec, sparse, [&](auto& heads) {
+      each.attend(heads);
+      for (index_t g = 0; g < heads.size(); ++g) observe(heads[g]);
+    });
   }
 
  private:
@@ -157,6 +161,12 @@ class vattention {
                             : bound::assumptions;
         c.saturated = !v.met;
         add_residual(state, now, moments);
+        if (s.chosen) {
+          s.chosen.clear();
+          s.chosen.add_ends(tokens, settings_.sinks, settings_.window);
+          for (index_t j = 0; j < order.count(); ++j) s.chosen.add(tokens[order.top()[static_cast<std::size_t>(j)]], 1);
+          for (const drawn_row& r : sample.rows()) s.chosen.add(tokens[r.place], now.weight());
+        }
         return true;
       }
       if (c.rounds >= settings_.max_rounds) return attend_exactly(row, tokens, s, state, c);
@@ -176,6 +186,7 @@ class vattention {
   [[nodiscard]] scratch::sparse_sizes sizes(index_t n, index_t dv) const noexcept {
     const auto most = static_cast<std::size_t>(std::ceil(settings_.max_density * static_cast<double>(n)));
     scratch::sparse_sizes sizes{.selector = selector_scratch(selector_), .sampled = true};
+    sizes.sinks = settings_.sinks, sizes.window = settings_.window;
     sizes.errors = importance_sampler<sampler> || requires { requires selector::wants_errors; };
     if constexpr (importance_sampler<sampler>) {
       sizes.weighted = most;

@@ -71,12 +71,11 @@ struct indexed {
     if (row.kv_head >= static_cast<index_t>(heads.size())) return {.ok = false, .lagging = true};
     const Index& index = heads[static_cast<std::size_t>(row.kv_head)];
     if (n == 0) return {};
-    const index_t first = tokens[0], last = tokens[n - 1] + 1;
-    if (index.size() < last) return {.ok = false, .lagging = true};
     // Runs of consecutive tokens: one, unless a mask has cut the population.
     for (index_t from = 0; from < n;) {
-      index_t to = last - first == n ? n : from + 1;
+      index_t to = tokens.contiguous() ? n : from + 1;
       while (to < n && tokens[to] == tokens[to - 1] + 1) ++to;
+      if (index.size() <= tokens[to - 1]) return {.ok = false, .lagging = true};
       const auto at = static_cast<std::size_t>(from), count = static_cast<std::size_t>(to - from);
       index.score(row.scaled_query, tokens[from], out.scores.subspan(at, count),
                   out.errors.empty() ? out.errors : out.errors.subspan(at, count), out.scratch);
