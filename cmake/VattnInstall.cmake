@@ -1,4 +1,4 @@
-# find_package(vattn): headers, a config that finds Eigen again, a version file.
+# What `cmake --install` leaves: headers, a CMake package that finds Eigen again, a pkg-config file; and the .deb of it.
 # The config declares the target itself: an exported one would name whatever Eigen this build happened to use,
 # and a fetched Eigen cannot be exported.
 include_guard()
@@ -6,6 +6,7 @@ include(CMakePackageConfigHelpers)
 include(GNUInstallDirs)
 
 set(package_dir "${CMAKE_INSTALL_DATADIR}/cmake/vattn")
+set(pkgconfig_dir "${CMAKE_INSTALL_DATADIR}/pkgconfig")
 configure_package_config_file(
   "${CMAKE_CURRENT_LIST_DIR}/vattnConfig.cmake.in" "${PROJECT_BINARY_DIR}/vattnConfig.cmake"
   INSTALL_DESTINATION "${package_dir}"
@@ -14,9 +15,26 @@ configure_package_config_file(
 # Before 1.0 a minor version may break; headers have no architecture.
 write_basic_package_version_file("${PROJECT_BINARY_DIR}/vattnConfigVersion.cmake" COMPATIBILITY SameMinorVersion
                                  ARCH_INDEPENDENT)
+# Relative to the file itself, so that an installed tree may be moved.
+file(RELATIVE_PATH pkgconfig_to_prefix "/prefix/${pkgconfig_dir}" "/prefix")
+configure_file("${CMAKE_CURRENT_LIST_DIR}/vattn.pc.in" "${PROJECT_BINARY_DIR}/vattn.pc" @ONLY)
 
 install(DIRECTORY "${PROJECT_SOURCE_DIR}/include/vattn" DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}"
         FILES_MATCHING PATTERN "*.hpp")
 install(FILES "${PROJECT_BINARY_DIR}/vattnConfig.cmake" "${PROJECT_BINARY_DIR}/vattnConfigVersion.cmake"
         DESTINATION "${package_dir}")
-install(FILES "${PROJECT_SOURCE_DIR}/LICENSE" DESTINATION "${CMAKE_INSTALL_DOCDIR}")
+install(FILES "${PROJECT_BINARY_DIR}/vattn.pc" DESTINATION "${pkgconfig_dir}")
+install(FILES "${PROJECT_SOURCE_DIR}/LICENSE" DESTINATION "${CMAKE_INSTALL_DOCDIR}" RENAME copyright)
+
+# `cpack --config CPackConfig.cmake` in the build directory.
+if(PROJECT_IS_TOP_LEVEL)
+  set(CPACK_GENERATOR DEB)
+  set(CPACK_PACKAGE_NAME libvattn-dev)
+  set(CPACK_PACKAGE_CONTACT "The vattn authors")
+  set(CPACK_PACKAGING_INSTALL_PREFIX /usr)
+  set(CPACK_DEBIAN_FILE_NAME DEB-DEFAULT)
+  set(CPACK_DEBIAN_PACKAGE_ARCHITECTURE all)
+  set(CPACK_DEBIAN_PACKAGE_SECTION libdevel)
+  set(CPACK_DEBIAN_PACKAGE_DEPENDS "libeigen3-dev (>= 3.4)")
+  include(CPack)
+endif()

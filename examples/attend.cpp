@@ -7,6 +7,7 @@
 #include <new>
 #include <string>
 
+#include "attend/engine.hpp"
 #include "attend/input.hpp"
 #include "attend/options.hpp"
 #include "attend/report.hpp"
@@ -34,18 +35,7 @@ void check_request(request& r) {
   if (same(r.out_path, r.json_path) && (!fs::exists(r.out_path, ignored) || fs::is_regular_file(r.out_path, ignored)))
     throw std::runtime_error("--out and --json are the same file: give each its own");
 
-  if (r.top_p != 0 && !(r.top_p > 0 && r.top_p < 1))
-    throw std::runtime_error("--top-p is " + std::to_string(r.top_p) + ": give a share of the mass in (0, 1)");
-  if (r.top_p != 0 && r.heavy) throw std::runtime_error("--top-p and --heavy both say what is read exactly: give one");
-  if (r.top_p != 0 && r.how != method::vattention) throw std::runtime_error("--top-p needs --method vattention");
-  for (const auto& [name, share] : {std::pair{"--heavy", r.heavy}, std::pair{"--base", r.base}}) {
-    // The library's `automatic` is a negative number, which is no share.
-    if (share && *share < 0) throw std::runtime_error(std::string(name) + " is negative: give a share in [0, 1]");
-  }
-  const bool chooses = r.how == method::vattention && r.target == target_kind::output;
-  r.settings.heavy = r.heavy.value_or(chooses && r.top_p == 0 ? config::automatic : 0.02);
-  r.settings.base = r.base.value_or(chooses ? config::automatic : 0.02);
-  require(r.settings.validate());
+  settle(r);
 }
 
 void print_summary(const nlohmann::ordered_json& s, const request& r) {

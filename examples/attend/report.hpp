@@ -13,15 +13,6 @@
 
 namespace vattn::examples {
 
-[[nodiscard]] constexpr const char* to_string(method m) {
-  constexpr const char* names[] = {"dense", "top-k", "sample", "magic-pig", "vattention"};
-  return names[static_cast<std::size_t>(m)];
-}
-[[nodiscard]] constexpr const char* to_string(bound_kind b) {
-  constexpr const char* names[] = {"clt", "student", "bernstein", "hoeffding"};
-  return names[static_cast<std::size_t>(b)];
-}
-
 /// Certificates are written as they come, one a line: many trials of many heads do not fit in memory twice.
 class report {
  public:
@@ -74,7 +65,7 @@ class report {
       s["target"] = s["bound"] = "none";
     }
     s["selector"] = request_.how == method::vattention ? request_.selector : "none";
-    s["sampler"] = request_.sampler == sampler_kind::importance ? "importance" : "uniform";
+    s["sampler"] = to_string(request_.sampler);
     s["bits"] = request_.bits;
     s["scale"] = vattn::to_string(request_.settings.scale);
     s["epsilon"] = request_.settings.epsilon, s["delta"] = request_.settings.delta;

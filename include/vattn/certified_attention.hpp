@@ -221,6 +221,11 @@ template <class Selector, kv_head Head>
     if (!negligible(e, rest, error * (1 - 1e-4))) return false;
     e.certain = e.rows = k;
     certify(e, error, error / settings.epsilon, guarantee::deterministic);
+    if (s.chosen) {
+      s.chosen.clear();
+      s.chosen.add_ends(tokens, settings.sinks, settings.window);
+      for (index_t j = 0; j < k; ++j) s.chosen.add(tokens[order.top()[at(j)]], 1);
+    }
     // D̂ leaves out at most what the bounds of the others add up to.
     c.denominator_error = std::exp(static_cast<double>(top) - e.reference) * rest /
                           (static_cast<double>(nearest) + about) / e.denominator;
@@ -288,6 +293,12 @@ template <class Selector, kv_head Head>
       for (int i = 0; i < 12 && holds(e, stated * 0.97, for_error * deltas[round]); ++i) stated *= 0.97;
       certify(e, stated, error / settings.epsilon, guarantee::finite_sample);
       c.rows_sampled += spent;
+      if (s.chosen) {
+        s.chosen.clear();
+        s.chosen.add_ends(tokens, settings.sinks, settings.window);
+        for (const weighted_row& r : s.weighted.first(at(e.rows)))
+          s.chosen.add(tokens[r.place], 1 / static_cast<double>(r.probability));
+      }
       return true;
     }
     spent += e.rows - e.certain;

@@ -21,7 +21,7 @@ struct config {
   double base = automatic;   ///< share of the residual sampled first, (0, 1]
   index_t min_sample = 64;   ///< no moments from fewer sampled rows
   double max_density = 0.5;  ///< (0, 1]: past this share of the rows, exact attention costs less
-  index_t max_rounds = 8;    ///< looks at the sample before exact attention
+  index_t max_rounds = 8;    ///< looks at the sample before exact attention, 1 to 1000
   /// After max_rounds looks keep the sample, with `saturated` set, instead of exact attention. The paper's
   /// algorithm is max_rounds = 2 with this set; without it a promise is never broken knowingly.
   bool accept_last = false;
@@ -40,7 +40,8 @@ struct config {
     if (base != automatic && !(base > 0 && base <= 1)) return bad("base", base, "give a share in (0, 1]");
     if (min_sample < 2) return bad("min_sample", static_cast<double>(min_sample), "a variance needs at least 2 rows");
     if (!(max_density > 0 && max_density <= 1)) return bad("max_density", max_density, "give a share in (0, 1]");
-    if (max_rounds < 1) return bad("max_rounds", static_cast<double>(max_rounds), "give at least 1");
+    if (max_rounds < 1 || max_rounds > 1000)
+      return bad("max_rounds", static_cast<double>(max_rounds), "give 1 to 1000 looks");
     return {};
   }
 };

@@ -1,6 +1,7 @@
 // Dense attention behind the same call as vattention: the reference, and the fallback.
 #pragma once
 
+#include "vattn/dense_attention.hpp"
 #include "vattn/estimate/exact.hpp"
 #include "vattn/runtime/call.hpp"
 
@@ -12,13 +13,7 @@ template <kv_head Head>
                                   softmax_state& state, certificate& c) noexcept {
   state.clear();
   softmax_state part(s.part);
-  c.rows_exact = tokens.size();
-  c.rows_sampled = 0;
-  c.promise = guarantee::exact;
-  c.bound = "none";
-  c.assumptions = "none: every visible row was read";
-  c.epsilon_achieved = c.denominator_error = 0;
-  c.saturated = false;
+  certify_exact(c);
   if (tokens.size() == 0) return true;  // nothing is attended: output 0, log-sum-exp −inf
   add_sink(state, row.sink_logit);
   return accumulate_exact(
@@ -30,6 +25,12 @@ template <class Q, kv_cache KV, executor E = serial_executor>
 status exact_attention(const tensor_view<const Q, 4>& q, const KV& cache, const attention_options& options,
                        const attention_result& result, workspace& memory, E&& exec = E{}) noexcept {
   if (status s = check_call(q, cache, options, result); !s) return s;
+  using head = std::remove_cvref_t<decltype(cache.head(0, 0))>;
+  if constexpr (strided_head<head>) {
+    // Positions order the tokens, and decisions list them: neither is the block kernels' business.
+    if (!options.positions && !result.decisions.tokens)
+      return dense_call<Q, KV, head>(q, cache, options, result).run(memory, exec);
+  }
   return for_each_query(q, cache, options, result, memory, {}, exec, {},
                         [](const auto& row, const population& tokens, const random_stream&, scratch& s,
                            softmax_state& state, certificate& c) { return attend_exactly(row, tokens, s, state, c); });

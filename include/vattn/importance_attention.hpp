@@ -53,6 +53,7 @@ struct importance_head {
   double entered_share = 0, entered_floor = 0, entered_offset = 0;  // and that the sample has
   index_t breaches = 0, scoring_rows = 0;
   bool done = false;
+  bool unusable = false;  // its scores or errors are not finite
 
   [[nodiscard]] double wanted(index_t i) const noexcept { return pi.probability(i, share, floor, offset); }
   [[nodiscard]] double entered(index_t i) const noexcept {
@@ -85,6 +86,10 @@ struct importance_head {
     s.lagging = scored.lagging;
     if (!scored.ok) return false;
     scoring_rows = scored.rows_read;
+    const auto ranked = static_cast<std::size_t>(std::max<index_t>(0, n - fixed));
+    const auto skip = static_cast<std::size_t>(settings.sinks);
+    unusable = !can_sample(scores.subspan(skip, ranked), errors.subspan(skip, ranked));
+    if (unusable) return true;
 
     const auto distance = select::value_distances(task.row.head, tokens, s.value_centre);
     pi = sample::importance(s.weights, s.floors, s.reaches, frame.prior);
@@ -144,6 +149,11 @@ struct importance_head {
       c.coherence = e.power > 0 ? std::sqrt(e.output2 / e.power) : 0;
       c.promise = B::kind, c.bound = B::name;
       c.assumptions = "asymptotic, as stated by the bound; and the scores' stated errors are true";
+      if (s.chosen) {
+        s.chosen.clear();
+        s.chosen.add_ends(task.tokens, settings.sinks, settings.window);
+        for (const weighted_row& r : rows) s.chosen.add(task.tokens[r.place], 1 / static_cast<double>(r.probability));
+      }
       return done = true;
     }
     floor = std::max(floor, needed);
@@ -200,13 +210,15 @@ void sample_by_importance(head_group<Head>& group, const config& settings, const
   const auto wanted = [&](index_t i) {
     double p = 0;
     for (index_t g = 0; g < group.size(); ++g)
-      if (group[g].ok) p = std::max(p, heads[static_cast<std::size_t>(g)].wanted(i));
+      if (group[g].ok && !heads[static_cast<std::size_t>(g)].unusable)
+        p = std::max(p, heads[static_cast<std::size_t>(g)].wanted(i));
     return p;
   };
   const auto entered = [&](index_t i) {
     double p = 0;
     for (index_t g = 0; g < group.size(); ++g)
-      if (group[g].ok) p = std::max(p, heads[static_cast<std::size_t>(g)].entered(i));
+      if (group[g].ok && !heads[static_cast<std::size_t>(g)].unusable)
+        p = std::max(p, heads[static_cast<std::size_t>(g)].entered(i));
     return p;
   };
   index_t count = 0;
@@ -238,9 +250,11 @@ void sample_by_importance(head_group<Head>& group, const config& settings, const
       task.c.rounds = round;
       task.c.breaches = head.breaches;
       // Of honest scores one in 16000 is off by 4σ. More than that: they do not know their own error.
-      if (head.breaches > 2 + count / 100) return;
+      if (head.unusable || head.breaches > 2 + count / 100) return;
       task.ok = head.look(task, count, settings, shape, frame, entered);
-      left |= task.ok && !head.done;
+      // A head that asks for nothing more will see nothing else.
+      left |= task.ok && !head.done &&
+              (head.share > head.entered_share || head.floor > head.entered_floor || head.offset > head.entered_offset);
     });
     if (!left) break;
   }

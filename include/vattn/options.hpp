@@ -59,6 +59,37 @@ class mask_view {
   bool half_ = false;
 };
 
+/// Positions of cells, where a cell's index is not its token's position: caches that recycle cells or hold several
+/// sequences. Sinks, windows and causality then go by position. Costs a pass over the cells for each head, and, where
+/// the visible cells are not in order of position, a partial sort for the sinks and the window.
+struct cell_positions {
+  /// [n_batch, n_tokens], any byte strides. Negative: the cell is empty, and absent.
+  tensor_view<const std::int32_t, 2> cells{};
+  /// [n_batch, n_queries]. Needed with causal, sliding_window and alibi_slopes; not where a mask does it all.
+  tensor_view<const std::int32_t, 2> queries{};
+
+  /// Positions of one sequence's cells: `operator()(cell)`.
+  class line {
+   public:
+    line() = default;
+    line(const std::int32_t* first, index_t stride) noexcept
+        : first_(reinterpret_cast<const std::byte*>(first)), stride_(stride) {}
+    [[nodiscard]] explicit operator bool() const noexcept { return first_ != nullptr; }
+    [[nodiscard]] std::int32_t operator()(index_t token) const noexcept {
+      return *reinterpret_cast<const std::int32_t*>(first_ + token * stride_);
+    }
+
+   private:
+    const std::byte* first_ = nullptr;
+    index_t stride_ = 0;
+  };
+
+  [[nodiscard]] explicit operator bool() const noexcept { return static_cast<bool>(cells); }
+  [[nodiscard]] line at(index_t batch) const noexcept {
+    return cells ? line(&cells(batch, 0), cells.strides[1]) : line();
+  }
+};
+
 /// logit(i) = cap·tanh(scale·q·k_i / cap) + mask(i) + alibi·(i − position of the query)
 struct attention_options {
   /// Required: 1/sqrt(dk) for most models, 1 for engines that scale q themselves.
@@ -70,6 +101,7 @@ struct attention_options {
   /// Query t sees the latest `sliding_window` tokens up to its own position n − T + t; 0 = all.
   index_t sliding_window = 0;
   mask_view mask{};
+  cell_positions positions{};
   /// Learned sinks, [n_q_heads]: adds exp(sink − max) to the denominator alone. Null = none.
   const float* sink_logits = nullptr;
   /// ALiBi slopes, [n_q_heads]. Null = none.

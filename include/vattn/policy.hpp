@@ -78,13 +78,17 @@ concept samples_by_hard_bounds = importance_sampler<typename P::sampler> && scor
 
 /// From a shuffled_store, whose codes take the selector's place.
 template <class P>
-concept samples_from_store = requires { requires P::sampler::is_store; } && P::bound::kind == guarantee::asymptotic&&
-                             P::target::kind == target_kind::output;
+concept samples_from_store = requires {
+  requires P::sampler::is_store;
+}
+&&P::bound::kind == guarantee::asymptotic&& P::target::kind == target_kind::output;
 
 template <class P>
-concept attention_policy = (samples_from_store<P> || samples_uniformly<P> || samples_by_importance<P> || samples_by_hard_bounds<P>)&&bound<
-    typename P::bound>&& target_for<typename P::target, typename P::bound>&& selector_for<typename P::selector,
-                                                                                          query_row<detail::any_head>>;
+concept attention_policy =
+    (samples_from_store<P> || samples_uniformly<P> || samples_by_importance<P> || samples_by_hard_bounds<P>)&&bound<
+        typename P::bound>&& target_for<typename P::target,
+                                        typename P::bound>&& selector_for<typename P::selector,
+                                                                          query_row<detail::any_head>>;
 
 /// Configurations of the paper's experiments (section 5 and appendix of arXiv 2510.05688): sinks 128,
 /// window 128, heavy share and base rate in the ranges it gives, ε = δ. Use with verified_denominator,

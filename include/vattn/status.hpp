@@ -14,6 +14,7 @@ enum class errc : std::uint8_t {
   non_finite,           ///< a NaN or infinity in q, K, V or the mask was read
   workspace_too_small,  ///< `reserve` the number of bytes that the message names
   out_of_memory,        ///< an owning object could not grow
+  executor_failed,      ///< the executor threw, or did not run every task once
 };
 
 /// [[nodiscard]]: an ignored status is an unverified output.

@@ -5,8 +5,10 @@
 #include <array>
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <span>
 
+#include "vattn/estimate/group.hpp"
 #include "vattn/estimate/strata.hpp"
 #include "vattn/exact_attention.hpp"
 #include "vattn/kernel/scan.hpp"
@@ -17,6 +19,7 @@
 namespace vattn {
 
 /// Scratch of a group of heads, taken from the call's workspace.
+template <class Head>
 struct store_scratch {
   std::span<std::uint8_t> tables;      // [heads][groups][64]
   std::span<float> table, rotated;     // one head's: [heads][groups·64], [width]
@@ -25,8 +28,10 @@ struct store_scratch {
   std::span<float> x, spare;           // [heads, block_rows]
   std::span<float> output, vectors;    // [heads, dv], [2, dv]
   std::span<kernel::scan_pick> picks;
-  std::span<float> plan;        // plan_rows::storage_size
-  std::span<float> plan_terms;  // store_planner::storage_size
+  std::span<float> plan;                      // plan_rows::storage_size
+  std::span<query_row<Head>> exact_rows;      // [heads]
+  std::span<float> exact_part, exact_logits;  // as query_group wants them
+  std::span<float> plan_terms;                // store_planner::storage_size
 
   /// More picks than this cost more than reading all rows.
   [[nodiscard]] static std::size_t most_picks(index_t n) noexcept { return static_cast<std::size_t>(n / 6 + 512); }
@@ -50,15 +55,19 @@ struct store_scratch {
     s.vectors = a.take<float>(2 * width);
     s.picks = a.take<kernel::scan_pick>(most_picks(n));
     s.plan = a.take<float>(plan_rows::storage_size(heads));
+    s.exact_rows = a.take<query_row<Head>>(h);
+    s.exact_part = a.take<float>(h * width);
+    s.exact_logits = a.take<float>(query_group<Head>::logits_size(heads));
     s.plan_terms = a.take<float>(store_planner::storage_size(heads));
     return s;
   }
 };
 
 /// Bytes of `store_scratch` for a group.
-[[nodiscard]] inline std::size_t store_bytes(index_t n, index_t heads, index_t dk, index_t dv) noexcept {
+template <class Head>
+[[nodiscard]] std::size_t store_bytes(index_t n, index_t heads, index_t dk, index_t dv) noexcept {
   arena count;
-  static_cast<void>(store_scratch::take(count, n, heads, dk, dv));
+  static_cast<void>(store_scratch<Head>::take(count, n, heads, dk, dv));
   return count.used() + workspace::alignment;
 }
 
@@ -69,10 +78,10 @@ struct store_scratch {
 /// unbiased over the draw and the store's order; docs/mathematics.md has the details.
 template <bound B, class Head>
 class store_sampler {
-  using T = typename Head::key_row::value_type;
+  using T = typename Head::key_element;
 
  public:
-  store_sampler(head_group<Head>& group, const config& settings, const store_scratch& memory) noexcept
+  store_sampler(head_group<Head>& group, const config& settings, const store_scratch<Head>& memory) noexcept
       : group_(group), settings_(settings), s_(memory), head_(group[0].row.head), codes_(head_.codes()) {
     heads_ = group.size();
     blocks_ = head_.past() / kernel::scan_keys;
@@ -86,10 +95,10 @@ class store_sampler {
   /// Attends every head: verified, or exactly where that costs less or does not come to an end.
   void run() noexcept {
     const read_costs costs(heads_);
-    if (blocks_ < 32 || costs.least(rows_, fixed()) > costs.dense(head_.size())) return all_exactly();
-    if (!prepare() || !pilot()) return all_exactly();
+    if (blocks_ < 32 || costs.least(rows_, fixed()) > costs.dense(head_.size())) return rest_exactly();
+    if (!prepare() || !pilot()) return rest_exactly();
     choice_ = choose(costs);
-    if (choice_.cost > costs.dense(head_.size())) return all_exactly();
+    if (choice_.cost > costs.dense(head_.size())) return rest_exactly();
     const auto most = static_cast<index_t>(settings_.max_density * static_cast<double>(head_.size()));
     bool scan_again = true;
     index_t picks = 0, have = 0;  // rows of the slice that are in the sums
@@ -106,9 +115,7 @@ class store_sampler {
       if (v == verdict::done) break;
       scan_again = v == verdict::scan;
     }
-    for (index_t g = 0; g < heads_; ++g) {
-      if (!done_[at(g)]) exactly(group_[g]);
-    }
+    rest_exactly();
   }
 
  private:
@@ -118,13 +125,37 @@ class store_sampler {
 
   [[nodiscard]] index_t fixed() const noexcept { return head_.size() - rows_; }
 
-  void exactly(head_task<Head>& task) noexcept {
-    const index_t breaches = task.c.breaches, rounds = task.c.rounds;
-    task.ok = task.ok && attend_exactly(task.row, task.tokens, task.s, task.state, task.c);
-    task.c.breaches = breaches, task.c.rounds = rounds;
-  }
-  void all_exactly() noexcept {
-    for (index_t g = 0; g < heads_; ++g) exactly(group_[g]);
+  // All rows, for the heads that are not done.
+  void rest_exactly() noexcept {
+    std::array<index_t, max_group> which{};
+    std::array<softmax_state, max_group> states;
+    index_t count = 0;
+    const index_t dk = head_.dk();
+    for (index_t g = 0; g < heads_; ++g) {
+      head_task<Head>& task = group_[g];
+      if (done_[at(g)] || !task.ok) continue;
+      which[at(count)] = g;
+      states[at(count)] = softmax_state(task.s.state);
+      std::construct_at(&s_.exact_rows[at(count)], task.row);
+      std::copy_n(task.row.scaled_query, dk, s_.queries.data() + count * dk);
+      ++count;
+    }
+    if (count == 0) return;
+    const kernel::isa how = kernel::active_isa();
+    const query_group<Head> together{
+        s_.exact_rows.data(), states.data(),
+        kernel::prepare_queries<T>(how, s_.queries.data(), count, dk, group_[0].row.scale, s_.prepared),
+        s_.exact_part.first(at(count * head_.dv())), s_.exact_logits};
+    std::uint32_t odd = 0;
+    for (index_t from = 0; from < head_.size(); from += phase_rows)
+      odd |= together.add(population(from, std::min(head_.size(), from + phase_rows)));
+    for (index_t i = 0; i < count; ++i) {
+      head_task<Head>& task = group_[which[at(i)]];
+      task.ok = (odd >> i & 1) == 0;
+      task.state = states[at(i)];
+      if (head_.size() > 0) add_sink(task.state, task.row.sink_logit);
+      certify_exact(task.c);
+    }
   }
 
   // Query tables in whole steps, one step for all heads. False: see head_task::ok.
@@ -132,7 +163,7 @@ class store_sampler {
     const index_t dk = head_.dk();
     for (index_t g = 0; g < heads_; ++g) std::copy_n(group_[g].row.scaled_query, dk, s_.queries.data() + g * dk);
     how_ = kernel::active_isa();
-    prepared_ = kernel::prepare_queries<T>(how_, s_.queries.data(), heads_, dk, 0, s_.prepared);
+    prepared_ = kernel::prepare_queries<T>(how_, s_.queries.data(), heads_, dk, group_[0].row.scale, s_.prepared);
     picked_ = stratum(s_.picked, heads_, head_.dv());
     light_ = stratum(s_.light, heads_, head_.dv());
 
@@ -407,11 +438,8 @@ class store_sampler {
     return pi.head(count).minCoeff() >= 1;
   }
 
-  [[nodiscard]] kernel::strided_rows keys() const noexcept { return row_range(head_.key(0)); }
-  [[nodiscard]] kernel::strided_rows values() const noexcept { return row_range(head_.value(0)); }
-  [[nodiscard]] static kernel::strided_rows row_range(std::span<const T> row) noexcept {
-    return {reinterpret_cast<const std::byte*>(row.data()), static_cast<index_t>(row.size_bytes())};
-  }
+  [[nodiscard]] kernel::strided_rows keys() const noexcept { return head_.key_rows(); }
+  [[nodiscard]] kernel::strided_rows values() const noexcept { return head_.value_rows(); }
 
   [[nodiscard]] bool read_fixed(index_t first, index_t count) noexcept {
     using kernel::squared_distance;
@@ -541,6 +569,7 @@ class store_sampler {
         c.promise = B::kind, c.bound = B::name;
         c.assumptions =
             "asymptotic, as stated by the bound; the codes' stated errors are true; draws are over the store's order";
+        record(task, picks);
         task.state.clear();
         task.state.raise(reference_[at(g)]);
         task.state.add_denominator(e.denominator);
@@ -572,11 +601,34 @@ class store_sampler {
     return next;
   }
 
+  // The rows behind an output with their weights, where the call asks for them.
+  void record(head_task<Head>& task, index_t picks) noexcept {
+    const chosen_rows& to = task.s.chosen;
+    to.clear();
+    if (!to) return;
+    const index_t sinks = head_.sinks();
+    to.add_ends(task.tokens, sinks, fixed() - sinks);
+    block_weights b;
+    for (index_t i = 0; i < picks; ++i) {
+      b.clear();
+      b.w[0] = s_.picks[at(i)].level;
+      static_cast<void>(weights(b, 1, 1.0f));
+      to.add(sinks + static_cast<index_t>(s_.picks[at(i)].row), static_cast<double>(b.w[0]));
+    }
+    for (index_t k = 0; k < choice_.slice / kernel::scan_keys; ++k) {
+      kernel::scan_all(how_, query_, codes_.view(), (first_block_ + k) % blocks_, slice_.data());
+      for (const kernel::scan_pick& p : slice_) {
+        if (p.level < query_.cut)
+          to.add(sinks + static_cast<index_t>(p.row), static_cast<double>(rows_) / static_cast<double>(choice_.slice));
+      }
+    }
+  }
+
   static constexpr floor_sampling shape{};
 
   head_group<Head>& group_;
   const config& settings_;
-  store_scratch s_;
+  store_scratch<Head> s_;
   Head head_;
   const sketch::block_codes& codes_;
   kernel::isa how_ = kernel::isa::portable;
@@ -621,7 +673,7 @@ template <bound B, class Head>
 void attend_from_store(head_group<Head>& group, const config& settings) noexcept {
   arena a(group.memory);
   const Head& head = group[0].row.head;
-  const store_scratch scratch = store_scratch::take(a, head.size(), group.size(), head.dk(), head.dv());
+  const auto scratch = store_scratch<Head>::take(a, head.size(), group.size(), head.dk(), head.dv());
   store_sampler<B, Head>(group, settings, scratch).run();
 }
 

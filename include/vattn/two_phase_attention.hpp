@@ -33,6 +33,7 @@ void attend_in_two_phases(head_group<Head>& group, const config& settings, const
     std::array<sample::importance, static_cast<std::size_t>(max_shared)> pi{};
     std::array<double, static_cast<std::size_t>(max_shared)> floor{}, offset{};
     sampling_frame frame{.n = n};
+    bool usable = true;
     for (index_t g = 0; g < group.size(); ++g) {
       head_task<Head>& task = group[g];
       if (!task.ok || ended[static_cast<std::size_t>(g)]) continue;
@@ -42,6 +43,10 @@ void attend_in_two_phases(head_group<Head>& group, const config& settings, const
       const score_result scored = selector.coarse.score(task.row, all, {scores, errors, s.value_centre, s.selector});
       s.lagging = scored.lagging;
       if (!(task.ok = scored.ok)) continue;
+      if (!can_sample(scores, errors)) {  // the coarse scores know nothing: the fine ones of all
+        usable = false;
+        break;
+      }
       const auto distance = select::value_distances(task.row.head, all, s.value_centre);
       auto& p = pi[static_cast<std::size_t>(g)];
       p = sample::importance(s.weights, s.floors, s.reaches);
@@ -60,6 +65,7 @@ void attend_in_two_phases(head_group<Head>& group, const config& settings, const
       frame.log_floor = std::min(frame.log_floor, log_own);
       frame.offset = std::min(frame.offset, offset[static_cast<std::size_t>(g)]);
     }
+    if (!usable) break;
     index_t kept = 0;
     const auto keep = [&](index_t i, float prior) {
       const auto to = static_cast<std::size_t>(kept++), from = static_cast<std::size_t>(i);

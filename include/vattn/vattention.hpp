@@ -1,6 +1,8 @@
 // vattention<Policy>: verified sparse attention, the whole pipeline.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <utility>
 
 #include "vattn/certified_attention.hpp"
@@ -39,16 +41,18 @@ class vattention {
 
   [[nodiscard]] const vattn::config& settings() const noexcept { return settings_; }
 
-  /// Bytes of workspace for sequences of at most n tokens.
+  /// Bytes of workspace for sequences of at most n tokens. `masked`: the call has a mask, or positions.
   [[nodiscard]] std::size_t workspace_bytes(index_t n, index_t dk, index_t dv, bool masked = false,
                                             index_t workers = 1) const noexcept {
     return call_bytes(n, dk, dv, masked, sizes(n, dv), workers);
   }
 
-  template <class Q, kv_cache KV, executor E = serial_executor>
+  /// `observe(head_task&)` sees each query of each head once it is done, on the thread that did it (see
+  /// runtime/audit.hpp).
+  template <class Q, kv_cache KV, executor E = serial_executor, class Observer = unobserved>
   status operator()(const tensor_view<const Q, 4>& q, const KV& cache, const attention_options& options,
-                    const attention_result& result, workspace& memory, const draw_key& key = {},
-                    E&& exec = E{}) const noexcept {
+                    const attention_result& result, workspace& memory, const draw_key& key = {}, E&& exec = E{},
+                    Observer&& observe = Observer{}) const noexcept {
     if (status s = settings_.validate(); !s) return s;
     if (status s = check_call(q, cache, options, result); !s) return s;
     vattention each = *this;
@@ -58,11 +62,14 @@ class vattention {
     scratch::sparse_sizes sparse = sizes(longest(cache), cache.dv());
     if constexpr (from_store) {
       if (status s = check_store_call(q, cache, options); !s) return s;
-      sparse.group_bytes = store_bytes(longest(cache), max_group, cache.dk(), cache.dv());
+      using head = std::remove_cvref_t<decltype(cache.head(0, 0))>;
+      sparse.group_bytes = store_bytes<head>(longest(cache), max_group, cache.dk(), cache.dv());
     }
     sparse.shared = std::clamp<index_t>(q.extents[2] / cache.n_kv_heads(), 1, sparse.shared);
-    return for_each_group(q, cache, options, result, memory, key, exec, sparse,
-                          [&each](auto& heads) { each.attend(heads); });
+    return for_each_group(q, cache, options, result, memory, key, exec, sparse, [&](auto& heads) {
+      each.attend(heads);
+      for (index_t g = 0; g < heads.size(); ++g) observe(heads[g]);
+    });
   }
 
  private:
@@ -110,7 +117,12 @@ class vattention {
     s.lagging = scores.lagging;
     if (!scores.ok) return false;
     ranking order(s.scores, settings_.sinks, n - settings_.window, s.order);
-    split want = target::first(n, order.size(), selector_.heavy_count(order, n, settings_), settings_);
+    const index_t heavy = std::clamp<index_t>(selector_.heavy_count(order, n, settings_), 0, order.size());
+    // A selector that ranks nothing need not have written scores.
+    if ((heavy > 0 || scores.kind != score_kind::ranking) &&
+        !can_rank(scores, s.scores.first(static_cast<std::size_t>(n))))
+      return attend_exactly(row, tokens, s, state, c);
+    split want = target::first(n, order.size(), heavy, settings_);
 
     // Exact part: sinks and window, then the ranking's best as they come.
     add_sink(state, row.sink_logit);
@@ -139,6 +151,10 @@ class vattention {
       finite = sample.grow(want.sampled);
       const estimate now = make_estimate(state, moments, sample.population_size(), s.offset);
       if (!finite || !now.finite) return false;
+      // Scores that are to bound logits, and do not: nothing may rest on them. Of upper_scores that are honest 3 in
+      // 1000 are too low.
+      c.breaches = breaches(sample.rows(), scores, s.scores);
+      if (c.breaches > 2 + sample.count() / 20) return attend_exactly(row, tokens, s, state, c);
 
       const look seen{now,
                       moments,
@@ -165,6 +181,12 @@ class vattention {
                             : bound::assumptions;
         c.saturated = !v.met;
         add_residual(state, now, moments);
+        if (s.chosen) {
+          s.chosen.clear();
+          s.chosen.add_ends(tokens, settings_.sinks, settings_.window);
+          for (index_t j = 0; j < order.count(); ++j) s.chosen.add(tokens[order.top()[static_cast<std::size_t>(j)]], 1);
+          for (const drawn_row& r : sample.rows()) s.chosen.add(tokens[r.place], now.weight());
+        }
         return true;
       }
       if (c.rounds >= settings_.max_rounds) return attend_exactly(row, tokens, s, state, c);
@@ -178,6 +200,17 @@ class vattention {
     return false;
   }
 
+  // Sampled rows whose logit is above what their score says at most. A contribution is at least the logit plus
+  // log(offset).
+  [[nodiscard]] static index_t breaches(std::span<const drawn_row> rows, const score_result& said,
+                                        std::span<const float> scores) noexcept {
+    if (said.kind == score_kind::ranking) return 0;
+    const float least = said.kind == score_kind::contribution ? std::log(said.value_offset) : 0.0f;
+    index_t count = 0;
+    for (const drawn_row& r : rows) count += r.logit + least > scores[r.place] + 1e-3f * (1 + std::abs(r.logit));
+    return count;
+  }
+
   static constexpr bool shares_sample = requires { requires sampler::shared; };
   static constexpr bool from_store = samples_from_store<Policy>;
   static constexpr bool two_phases = requires { requires sampler::two_phases; };
@@ -185,6 +218,7 @@ class vattention {
   [[nodiscard]] scratch::sparse_sizes sizes(index_t n, index_t dv) const noexcept {
     const auto most = static_cast<std::size_t>(std::ceil(settings_.max_density * static_cast<double>(n)));
     scratch::sparse_sizes sizes{.selector = selector_scratch(selector_), .sampled = true};
+    sizes.sinks = settings_.sinks, sizes.window = settings_.window;
     sizes.errors = importance_sampler<sampler> || requires { requires selector::wants_errors; };
     if constexpr (from_store) {
       return {.shared = max_group};

@@ -5,6 +5,11 @@
 #include "vattn/config.hpp"             // version, feature macros
 #include "vattn/status.hpp"             // what a call returns
 #include "vattn/kv/view.hpp"            // K and V where they lie
+#include "vattn/kv/ragged.hpp"          // sequences of different lengths
+#include "vattn/kv/flashinfer.hpp"      // and the caches of engines
+#include "vattn/kv/vllm.hpp"
+#include "vattn/kv/ggml.hpp"
+#include "vattn/kv/gemma_cpp.hpp"
 #include "vattn/options.hpp"            // scale, masks, windows, sinks
 #include "vattn/select/selector.hpp"    // what is read exactly
 #include "vattn/select/index.hpp"       // what is known of keys without reading them
@@ -24,8 +29,13 @@
 #include "vattn/budget/targets.hpp"     // how much is enough: as published
 #include "vattn/budget/output.hpp"      // how much is enough: for the output
 #include "vattn/certify/certificate.hpp"
+#include "vattn/certify/decision.hpp"   // which rows, with which weights
 #include "vattn/policy.hpp"             // the slots, and the paper's presets
 #include "vattn/exact_attention.hpp"    // every row
 #include "vattn/importance_attention.hpp"  // rows by importance
+#include "vattn/kv/store.hpp"           // a cache made to be sampled
+#include "vattn/store_attention.hpp"    // and verified decode from it
 #include "vattn/vattention.hpp"         // the rows that are needed
+#include "vattn/runtime/plan.hpp"       // planned once, run by an engine's own threads
+#include "vattn/runtime/audit.hpp"      // whether the promise holds where it is used
 // clang-format on

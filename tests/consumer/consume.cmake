@@ -1,20 +1,19 @@
 # Configures, builds and runs tests/consumer/project from nothing.
-function(run)
-  execute_process(COMMAND ${ARGN} RESULT_VARIABLE result OUTPUT_VARIABLE output ERROR_VARIABLE output)
-  if(NOT result EQUAL 0)
-    string(REPLACE ";" " " command "${ARGN}")
-    message(FATAL_ERROR "${command}:\n${output}")
-  endif()
-endfunction()
+include("${CMAKE_CURRENT_LIST_DIR}/run.cmake")
 
 file(REMOVE_RECURSE "${BUILD_DIR}")
 set(options "")
 if(Eigen3_DIR)
   list(APPEND options "-DEigen3_DIR=${Eigen3_DIR}")
 endif()
-run("${CMAKE_COMMAND}" -S "${PROGRAM_DIR}" -B "${BUILD_DIR}" -G "${GENERATOR}" "-DCMAKE_CXX_COMPILER=${COMPILER}"
-    "-DMODE=${MODE}" "-DVATTN_SOURCE_DIR=${VATTN_SOURCE_DIR}" "-DCMAKE_PREFIX_PATH=${VATTN_PREFIX}"
-    "-DVATTN_VERSION=${VATTN_VERSION}" -DCMAKE_EXPORT_COMPILE_COMMANDS=ON ${options})
+if(MODE STREQUAL "fetchcontent")
+  # As CMake lets anybody give a fetched project's sources: nothing is downloaded.
+  list(APPEND options "-DFETCHCONTENT_SOURCE_DIR_VATTN=${VATTN_SOURCE_DIR}")
+endif()
+run("${CMAKE_COMMAND}" -S "${CMAKE_CURRENT_LIST_DIR}/project" -B "${BUILD_DIR}" -G "${GENERATOR}"
+    "-DCMAKE_CXX_COMPILER=${COMPILER}" "-DMODE=${MODE}" "-DVATTN_SOURCE_DIR=${VATTN_SOURCE_DIR}"
+    "-DCMAKE_PREFIX_PATH=${VATTN_PREFIX}" "-DVATTN_VERSION=${VATTN_VERSION}" -DCMAKE_EXPORT_COMPILE_COMMANDS=ON
+    ${options})
 run("${CMAKE_COMMAND}" --build "${BUILD_DIR}")
 run("${BUILD_DIR}/consumer")
 

@@ -1,7 +1,4 @@
 // attend from outside: good files, files that lie, options that cannot be meant. Writes its own .npy.
-#include <sys/wait.h>
-#include <unistd.h>
-
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -15,6 +12,7 @@
 
 #include "support/catch.hpp"
 #include "support/problem.hpp"
+#include "support/program.hpp"
 
 namespace {
 
@@ -22,51 +20,9 @@ namespace fs = std::filesystem;
 using namespace vattn::test;
 using vattn::index_t;
 
-// A folder of this test's own, gone at its end.
-struct folder {
-  fs::path path = fs::temp_directory_path() / ("vattn-attend-" + std::to_string(getpid()));
-  folder() { fs::create_directories(path); }
-  ~folder() {
-    std::error_code ignored;
-    fs::remove_all(path, ignored);
-  }
-  folder(const folder&) = delete;
-  folder& operator=(const folder&) = delete;
-  [[nodiscard]] std::string operator/(const std::string& name) const { return (path / name).string(); }
-};
-
-struct outcome {
-  int code = -1;
-  std::string text;  // stdout and stderr
-};
-
-outcome attend(const std::string& arguments) {
-  const std::string command = std::string("'") + VATTN_ATTEND_PROGRAM + "' " + arguments + " 2>&1";
-  std::FILE* pipe = popen(command.c_str(), "r");
-  REQUIRE(pipe != nullptr);
-  outcome o;
-  char buffer[4096];
-  while (const std::size_t got = std::fread(buffer, 1, sizeof buffer, pipe)) o.text.append(buffer, got);
-  const int status = pclose(pipe);
-  if (WIFEXITED(status)) o.code = WEXITSTATUS(status);
-  return o;
-}
-
-// Fails with a reason: an exit code of its own (not a signal's), one line, and these words in it.
+outcome attend(const std::string& arguments) { return run_program(VATTN_ATTEND_PROGRAM, arguments); }
 void check_refused(const std::string& arguments, const std::string& words) {
-  const outcome o = attend(arguments);
-  CAPTURE(arguments, o.code, o.text, words);
-  CHECK(o.code > 0);
-  CHECK(o.code < 100);
-  CHECK(contains(o.text, words));
-  CHECK(o.text.substr(0, 8) == "attend: ");
-  CHECK(o.text.find('\n') == o.text.size() - 1);
-}
-
-void write_bytes(const std::string& path, const std::string& bytes) {
-  std::ofstream file(path, std::ios::binary);
-  file.write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
-  REQUIRE(file.good());
+  vattn::test::check_refused(VATTN_ATTEND_PROGRAM, "attend", arguments, words);
 }
 
 // A version 1.0 file with this dictionary, padded as NumPy pads.

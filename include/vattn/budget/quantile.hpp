@@ -30,7 +30,9 @@ namespace vattn::budget {
     const double root = ((1 - a) * (1 - b) + z * std::sqrt(std::max(spread, 0.0))) / denominator;
     x = std::max(root * root * root, 1e-3);
   }
-  const double log_beta = std::lgamma(nu1 / 2) + std::lgamma(nu2 / 2) - std::lgamma((nu1 + nu2) / 2);
+  // Not std::lgamma: it writes the global signgam, a race between the threads of a call.
+  using Eigen::numext::lgamma;
+  const double log_beta = lgamma(nu1 / 2) + lgamma(nu2 / 2) - lgamma((nu1 + nu2) / 2);
   double low = 0, high = std::numeric_limits<double>::infinity();
   for (int iteration = 0; iteration < 60; ++iteration) {
     const double tail = f_upper_tail(x, nu1, nu2);

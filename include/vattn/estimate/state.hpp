@@ -19,6 +19,10 @@ class softmax_state {
   softmax_state() = default;
   explicit softmax_state(std::span<float> storage) noexcept : o_(storage) { clear(); }
 
+  /// Of a sum that was made elsewhere; `numerator` [dv] stays the caller's.
+  softmax_state(float max_logit, double denominator, std::span<float> numerator) noexcept
+      : m_(max_logit), d_(denominator), o_(numerator) {}
+
   void clear() noexcept {
     m_ = -std::numeric_limits<float>::infinity();
     d_ = 0;

@@ -123,7 +123,7 @@ VATTN_AVX512_INLINE void products_512(const float* q, index_t dim, const block_o
   const index_t width = padded(dim), whole = dim / step;
   const step_mask last = last_step(dim);
   for (index_t i = 0; i < rows.count; i += R) {
-    prefetch_gathered<R>(rows, i + 2 * R, row_bytes<T>(dim));
+    fetch_rows<R, true>(rows, i, row_bytes<T>(dim));
     const std::byte* row[extent<R>];
     rows_at<R>(rows, i, row);
     __m512 sum[16];
@@ -168,7 +168,7 @@ VATTN_BF16_INLINE void pair_products(const std::uint16_t* q, float scale, index_
   const index_t width = padded(dim), whole = dim / step;
   const step_mask last = last_step(dim);
   for (index_t i = 0; i < rows.count; i += R) {
-    prefetch_gathered<R>(rows, i + 2 * R, row_bytes<Eigen::bfloat16>(dim));
+    fetch_rows<R, true>(rows, i, row_bytes<Eigen::bfloat16>(dim));
     const std::byte* row[extent<R>];
     rows_at<R>(rows, i, row);
     __m512 sum[16];
@@ -224,6 +224,7 @@ VATTN_AVX512_INLINE void add_steps(const float* x, const block_of_rows& rows, in
         load_sums<T>(acc + g * dim + (at + s) * step, m, sum[s][g][0], sum[s][g][1]);
   }
   for (index_t i = 0; i < rows.count; ++i) {
+    if (at == 0) fetch_rows<1, false>(rows, i, row_bytes<T>(dim));
     const std::byte* row = row_at(rows, i);
     __m512 weight[extent<G>];
     VATTN_UNROLL for (int g = 0; g < G; ++g) weight[g] = _mm512_set1_ps(x[g * block_rows + i]);
@@ -253,13 +254,20 @@ VATTN_AVX512_INLINE void add_512(const float* x, const block_of_rows& rows, inde
   if (at * step < dim) add_steps<1, G, T, false>(x, rows, at, dim, last, acc);
 }
 
+// Rows that are read again, for more columns or queries, are still in the first cache.
+inline constexpr index_t sub_block = 16;
+
 template <block_element T>
 VATTN_TARGET_AVX512 inline void add_avx512(const float* x, index_t groups, const block_of_rows& rows, index_t dim,
                                            float* acc) noexcept {
-  index_t g = 0;
-  for (; g + 4 <= groups; g += 4) add_512<4, T>(x + g * block_rows, rows, dim, acc + g * dim);
-  if (g + 2 <= groups) add_512<2, T>(x + g * block_rows, rows, dim, acc + g * dim), g += 2;
-  if (g < groups) add_512<1, T>(x + g * block_rows, rows, dim, acc + g * dim);
+  for (index_t i = 0; i < rows.count; i += sub_block) {
+    const block_of_rows part = rows.part(i, std::min(sub_block, rows.count - i));
+    const float* weights = x + i;
+    index_t g = 0;
+    for (; g + 4 <= groups; g += 4) add_512<4, T>(weights + g * block_rows, part, dim, acc + g * dim);
+    if (g + 2 <= groups) add_512<2, T>(weights + g * block_rows, part, dim, acc + g * dim), g += 2;
+    if (g < groups) add_512<1, T>(weights + g * block_rows, part, dim, acc + g * dim);
+  }
 }
 
 VATTN_AVX512_INLINE float sum_of_lanes(__m512 v) noexcept {

@@ -2,10 +2,12 @@
 #pragma once
 
 #include <Eigen/Core>
+#include <algorithm>
 #include <bit>
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "vattn/kernel/isa.hpp"
 #include "vattn/kernel/row.hpp"
@@ -30,6 +32,17 @@ struct block_of_rows {
 
   block_of_rows(const strided_rows& rows, index_t from, index_t n) noexcept
       : first(rows.first + from * rows.stride), stride(rows.stride), count(n) {}
+  /// `n` rows from row i on.
+  [[nodiscard]] block_of_rows part(index_t i, index_t n) const noexcept {
+    block_of_rows b = *this;
+    b.count = n;
+    if (index) {
+      b.index += i;
+    } else {
+      b.first += i * stride;
+    }
+    return b;
+  }
   [[nodiscard]] static block_of_rows gathered(const strided_rows& rows, const ordinal* index, index_t n) noexcept {
     block_of_rows b(rows, 0, n);
     b.index = index;
@@ -68,18 +81,38 @@ template <block_element T>
   }
 }
 
-// Gathered rows are fetched while those before them are summed. Not for rows in order: hardware prefetches those,
-// and instructions of ours halve its speed.
-template <int R>
-inline void prefetch_gathered(const block_of_rows& rows, index_t from, index_t bytes) noexcept {
+// Fetches memory for R rows from row i on, which are about to be read: whole, or some columns first. One core keeps
+// about 24 lines on their way, half of what the memory can deliver; the rest must come from the second cache's own
+// prefetching, which follows lines that are asked for in order, and kernels do not read in order. Measured on Zen 4
+// (docs/performance.md): lines are asked for in order, 8 KB ahead, for the second cache; and touched in order just
+// before they are read, if rows are long or not read whole. Of gathered rows the second next R are asked for.
+template <int R, bool Whole>
+inline void fetch_rows(const block_of_rows& rows, index_t i, index_t bytes) noexcept {
+  if (rows.index) {
 #if defined(__GNUC__)
-  if (!rows.index) return;
-  for (index_t i = from; i < std::min(from + R, rows.count); ++i) {
-    for (index_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row_at(rows, i) + byte);
-  }
-#else
-  static_cast<void>(rows), static_cast<void>(from), static_cast<void>(bytes);
+    for (index_t j = i + 2 * R; j < std::min(i + 3 * R, rows.count); ++j) {
+      for (index_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row_at(rows, j) + byte);
+    }
 #endif
+    return;
+  }
+  const std::byte* from = rows.first + i * rows.stride;
+  const bool brief = bytes <= 256;
+#if defined(__GNUC__)
+  if (Whole || brief) {
+    for (int r = 0; r < R; ++r) {
+      for (index_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(from + 8192 + r * rows.stride + byte, 0, 2);
+    }
+  }
+#endif
+  if (Whole && brief) return;
+  const auto touch = [](const std::byte* first, index_t size) {
+    for (index_t byte = 0; byte < size; byte += 64)
+      static_cast<void>(*reinterpret_cast<const volatile std::uint8_t*>(first + byte));
+  };
+  const index_t count = std::min<index_t>(R, rows.count - i);
+  if (rows.stride == bytes) return touch(from, count * bytes);
+  for (index_t r = 0; r < count; ++r) touch(from + r * rows.stride, bytes);
 }
 
 }  // namespace detail

@@ -104,7 +104,7 @@ template <int W, int R, int G, block_element T>
 VATTN_INLINE void all_products(const float* q, index_t dim, const block_of_rows& rows, float* out) noexcept {
   index_t i = 0;
   for (; i + R <= rows.count; i += R) {
-    prefetch_gathered<R>(rows, i + 2 * R, row_bytes<T>(dim));
+    fetch_rows<R, true>(rows, i, row_bytes<T>(dim));
     products<W, R, G, T>(q, dim, rows, i, out);
   }
   for (; i < rows.count; ++i) products<W, 1, G, T>(q, dim, rows, i, out);
@@ -119,6 +119,7 @@ VATTN_INLINE void add_columns(const float* x, const block_of_rows& rows, index_t
     VATTN_UNROLL for (int c = 0; c < C; ++c) load_floats<W>(acc + g * dim + d + c * W, sum[c][g]);
   }
   for (index_t i = 0; i < rows.count; ++i) {
+    if (d == 0) fetch_rows<1, false>(rows, i, row_bytes<T>(dim));
     const std::byte* row = row_at(rows, i);
     floats value[extent<C>];
     VATTN_UNROLL for (int c = 0; c < C; ++c) load_row<W, T>(row, d + c * W, value[c]);

@@ -17,12 +17,14 @@ template <kv_head Head>
 struct query_row {
   Head head;
   const float* scaled_query;
+  float scale = 1;  ///< that is in it
   float softcap = 0;
   float alibi_slope = 0;
   float sink_logit = -std::numeric_limits<float>::infinity();
   index_t position = 0;
   index_t kv_head = 0;  ///< batch·n_kv_heads + head: names the state that belongs to `head`
   mask_view::line mask{};
+  cell_positions::line positions{};
 
   [[nodiscard]] index_t dv() const noexcept { return head.dv(); }
 
@@ -32,16 +34,21 @@ struct query_row {
     return transform(dot(scaled_query, head.key(token)), token);
   }
 
+  /// Whether `transform` does anything.
+  [[nodiscard]] bool transforms() const noexcept { return softcap > 0 || mask || alibi_slope != 0; }
+
   /// Cap, mask and position bias of a scaled product; increasing in `s`, so it maps bounds to bounds.
   [[nodiscard]] float transform(float s, index_t token) const noexcept {
     if (softcap > 0) s = softcap * std::tanh(s / softcap);
     if (mask) s += mask(token);
-    if (alibi_slope != 0) s += alibi_slope * static_cast<float>(token - position);
+    if (alibi_slope != 0)
+      s += alibi_slope * static_cast<float>((positions ? index_t{positions(token)} : token) - position);
     return s;
   }
 };
 
-/// The tokens that one query sees, in order of position: a range, or a list where a mask removes some.
+/// The tokens that one query sees: a range, or a list where a mask removes some. In order of position, or, where cells
+/// have positions of their own, with the sinks in front, the window at the end, and the rest between in order of cell.
 /// This, not [0, n), is what sinks, windows and samples are drawn from.
 class population {
  public:
@@ -63,18 +70,70 @@ class population {
     list_ = storage.data();
   }
 
-  /// The tokens of `list`, ascending.
+  /// The tokens of `list`, the sinks in front and the window at the end.
   explicit population(std::span<const ordinal> list) noexcept
       : size_(static_cast<index_t>(list.size())), list_(list.data()) {}
 
   [[nodiscard]] index_t size() const noexcept { return size_; }
+  /// Token j + 1 is in the cell after token j's.
+  [[nodiscard]] bool contiguous() const noexcept { return list_ == nullptr; }
   /// Token (row of the cache) at place j of the population.
   [[nodiscard]] index_t operator[](index_t j) const noexcept { return list_ ? index_t{list_[j]} : first_ + j; }
+  /// The tokens themselves, [size()], or null where they are a range.
+  [[nodiscard]] const ordinal* list() const noexcept { return list_; }
 
  private:
   index_t first_ = 0, size_ = 0;
   const ordinal* list_ = nullptr;
 };
+
+/// What positions leave to a query: cells at positions in [first, last].
+struct position_range {
+  std::int32_t first = 0, last = std::numeric_limits<std::int32_t>::max();
+};
+
+/// The cells of [0, n) that mask and positions leave, ordered for `sinks` and `window` as `population` says. `storage`
+/// [n] and `ends` [min(n, sinks + window)] hold it. O(n) where cells are in order of position, and about that where
+/// they are so but for a few runs; at most O(n log(sinks + window)).
+[[nodiscard]] inline population visible_by_position(index_t n, const mask_view::line& mask,
+                                                    const cell_positions::line& positions, const position_range& range,
+                                                    index_t sinks, index_t window, std::span<ordinal> storage,
+                                                    std::span<ordinal> ends) noexcept {
+  std::size_t kept = 0;
+  bool ordered = true;
+  std::int32_t previous = 0;
+  for (index_t c = 0; c < n; ++c) {
+    const std::int32_t position = positions(c);
+    if (position < range.first || position > range.last) continue;  // an empty cell is at −1
+    if (mask && mask(c) == -std::numeric_limits<float>::infinity()) continue;
+    ordered &= position >= previous;
+    previous = position;
+    storage[kept++] = static_cast<ordinal>(c);
+  }
+  const std::span<ordinal> list = storage.first(kept);
+  const auto fixed = static_cast<std::size_t>(sinks + window);
+  if (ordered && static_cast<index_t>(kept) == n) return {0, n};
+  if (ordered || kept <= fixed) return population(list);
+
+  // Tokens of an image may share a position: cells break the tie.
+  const auto lower = [&](ordinal a, ordinal b) {
+    const std::int32_t pa = positions(a), pb = positions(b);
+    return pa < pb || (pa == pb && a < b);
+  };
+  const auto higher = [&](ordinal a, ordinal b) { return lower(b, a); };
+  const std::span<ordinal> low = ends.first(static_cast<std::size_t>(sinks));
+  const std::span<ordinal> high = ends.subspan(low.size(), static_cast<std::size_t>(window));
+  // From the far end, so that a heap of the highest seldom changes where cells are nearly in order.
+  std::partial_sort_copy(list.begin(), list.end(), low.begin(), low.end(), lower);
+  std::partial_sort_copy(list.rbegin(), list.rend(), high.rbegin(), high.rend(), higher);
+  const auto middle = std::remove_if(list.begin(), list.end(), [&](ordinal c) {
+    return (!low.empty() && !lower(low.back(), c)) || (!high.empty() && !lower(c, high.front()));
+  });
+  std::move_backward(list.begin(), middle, middle + static_cast<std::ptrdiff_t>(low.size()));
+  std::copy(low.begin(), low.end(), list.begin());
+  std::copy(high.begin(), high.end(), list.end() - static_cast<std::ptrdiff_t>(high.size()));
+  return population(list);
+}
 
 /// The half-open range that causality and the sliding window leave to query t of T against n tokens.
 [[nodiscard]] inline std::pair<index_t, index_t> visible_range(index_t n, index_t n_queries, index_t t,

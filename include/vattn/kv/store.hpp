@@ -29,6 +29,8 @@ class store_head {
  public:
   using key_row = std::span<const T>;
   using value_row = std::span<const T>;
+  using key_element = T;
+  using value_element = T;
 
   store_head(const T* k, const T* v, index_t n, index_t dk, index_t dv, index_t sinks, index_t past,
              const sketch::block_codes* codes, const float* centre) noexcept
@@ -39,6 +41,13 @@ class store_head {
   [[nodiscard]] index_t dv() const noexcept { return dv_; }
   [[nodiscard]] key_row key(index_t row) const noexcept { return {k_ + row * dk_, static_cast<std::size_t>(dk_)}; }
   [[nodiscard]] value_row value(index_t row) const noexcept { return {v_ + row * dv_, static_cast<std::size_t>(dv_)}; }
+
+  [[nodiscard]] kernel::strided_rows key_rows() const noexcept {
+    return {reinterpret_cast<const std::byte*>(k_), dk_ * static_cast<index_t>(sizeof(T))};
+  }
+  [[nodiscard]] kernel::strided_rows value_rows() const noexcept {
+    return {reinterpret_cast<const std::byte*>(v_), dv_ * static_cast<index_t>(sizeof(T))};
+  }
 
   /// Rows [sinks(), sinks() + past()) are the past, a uniformly random order of it.
   [[nodiscard]] index_t sinks() const noexcept { return sinks_; }

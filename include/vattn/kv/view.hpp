@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "vattn/config.hpp"
+#include "vattn/kernel/block_rows.hpp"
 #include "vattn/kernel/row.hpp"
 #include "vattn/status.hpp"
 #include "vattn/tensor.hpp"
@@ -22,6 +23,17 @@ concept kv_head = requires(const H& head, index_t token) {
   { head.dv() } -> std::convertible_to<index_t>;
   { head.key(token) } -> kernel::row;
   { head.value(token) } -> kernel::row;
+};
+
+/// A KV head whose rows lie at equal distances and are of types that block kernels read (kernel/block.hpp): attention
+/// then reads them by blocks, for all queries of a group at once, instead of through `key` and `value`.
+template <class H>
+concept strided_head = kv_head<H> && requires(const H& head) {
+  requires std::is_trivially_copyable_v<H>;
+  requires kernel::block_element<typename H::key_element>;
+  requires kernel::block_element<typename H::value_element>;
+  { head.key_rows() } -> std::same_as<kernel::strided_rows>;
+  { head.value_rows() } -> std::same_as<kernel::strided_rows>;
 };
 
 /// A KV head that stores one float a token, ‖v − centre‖ (`value_centre()`, [dv], null = the origin). With
@@ -71,12 +83,17 @@ struct row_norms {
   const float* keys = nullptr;           ///< ‖k‖, [n_batch, n_kv_heads, n_tokens]
   const float* values = nullptr;         ///< ‖v − centre‖, [n_batch, n_kv_heads, n_tokens]
   const float* value_centres = nullptr;  ///< [n_batch, n_kv_heads, dv]; null = the origin
+  /// Floats of `keys` and `values` from one KV head to the next, where a growing cache keeps room behind its tokens;
+  /// 0 = n_tokens.
+  index_t per_head = 0;
 };
 
 /// One head of a `kv_view`. DK and DV are compile-time head sizes, or `dynamic`.
 template <kernel::element TK, kernel::element TV, index_t DK, index_t DV>
 class kv_head_view {
  public:
+  using key_element = TK;
+  using value_element = TV;
   using key_row = std::span<const TK, DK == dynamic ? std::dynamic_extent : static_cast<std::size_t>(DK)>;
   using value_row = std::span<const TV, DV == dynamic ? std::dynamic_extent : static_cast<std::size_t>(DV)>;
 
@@ -93,6 +110,8 @@ class kv_head_view {
   [[nodiscard]] value_row value(index_t token) const noexcept {
     return value_row(reinterpret_cast<const TV*>(v_ + token * v_stride_), static_cast<std::size_t>(dv()));
   }
+  [[nodiscard]] kernel::strided_rows key_rows() const noexcept { return {k_, k_stride_}; }
+  [[nodiscard]] kernel::strided_rows value_rows() const noexcept { return {v_, v_stride_}; }
   [[nodiscard]] bool has_key_norms() const noexcept { return norms_.keys != nullptr; }
   [[nodiscard]] float key_norm(index_t token) const noexcept { return norms_.keys[token]; }
   [[nodiscard]] bool has_value_norms() const noexcept { return norms_.values != nullptr; }
@@ -136,10 +155,10 @@ class kv_view {
   [[nodiscard]] kv_head_view<TK, TV, DK, DV> head(index_t batch, index_t h) const noexcept {
     const index_t which = batch * shape_.n_kv_heads + h;
     const auto at = [which](const float* first, index_t width) { return first ? first + which * width : nullptr; };
+    const index_t per_head = norms_.per_head > 0 ? norms_.per_head : shape_.n_tokens;
     return {reinterpret_cast<const std::byte*>(k_) + batch * k_strides_.batch + h * k_strides_.head,
             reinterpret_cast<const std::byte*>(v_) + batch * v_strides_.batch + h * v_strides_.head,
-            row_norms{at(norms_.keys, shape_.n_tokens), at(norms_.values, shape_.n_tokens),
-                      at(norms_.value_centres, shape_.dv)},
+            row_norms{at(norms_.keys, per_head), at(norms_.values, per_head), at(norms_.value_centres, shape_.dv)},
             k_strides_.token,
             v_strides_.token,
             shape_.n_tokens,

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "vattn/certify/certificate.hpp"
+#include "vattn/certify/decision.hpp"
 #include "vattn/estimate/residual.hpp"
 #include "vattn/estimate/weighted.hpp"
 #include "vattn/kv/query.hpp"
@@ -25,6 +26,7 @@ struct attention_result {
   tensor_view<float, 4> output{};              ///< [n_batch, n_queries, n_q_heads, dv]
   tensor_view<float, 3> log_sum_exp{};         ///< [n_batch, n_queries, n_q_heads], natural log
   tensor_view<certificate, 3> certificates{};  ///< [n_batch, n_queries, n_q_heads]
+  decision_result decisions{};                 ///< which rows, with which weights; of `vattention` alone
 };
 
 /// What one worker needs for one query of one head.
@@ -35,7 +37,9 @@ struct scratch {
   std::span<float> centre, offset;            // [dv]
   std::span<float> value_centre;              // [dv]
   std::span<float> moments;                   // residual_moments::storage_size(dv)
-  std::span<ordinal> visible;                 // [n], with a mask
+  std::span<ordinal> visible;                 // [n], with a mask or positions
+  std::span<ordinal> ends;                    // sinks and window, where cells have positions
+  chosen_rows chosen;                         // where the call's rows are recorded, if they are
   std::span<float> scores;                    // [n]
   std::span<ordinal> order;                   // [n]
   std::span<drawn_row> drawn;                 // rows that may be sampled
@@ -57,7 +61,8 @@ struct scratch {
     bool ranked = false;     // tokens are put in order
     bool errors = false;     // scores come with error scales
     std::size_t matrix = 0;  // dv², twice, where a second moment is kept whole
-    index_t shared = 1;      // heads of a group that are attended together, at most max_shared
+    index_t sinks = 0, window = 0;
+    index_t shared = 1;           // heads of a group that are attended together, at most max_shared
     std::size_t group_bytes = 0;  // of memory for a group together
   };
 
@@ -70,6 +75,7 @@ struct scratch {
     s.state = a.take<float>(width);
     s.part = a.take<float>(width);
     s.visible = a.take<ordinal>(masked ? tokens : 0);
+    s.ends = a.take<ordinal>(masked ? static_cast<std::size_t>(std::min(n, sparse.sinks + sparse.window)) : 0);
     if (!sparse.sampled) return s;
     s.centre = a.take<float>(width);
     s.offset = a.take<float>(width);
@@ -157,6 +163,20 @@ template <class Q, kv_cache KV>
           ll(m[0]), ll(m[1]), ll(m[2]), ll(m[3]), ll(batch), ll(heads), ll(queries), ll(n));
     }
   }
+  if (const cell_positions& p = options.positions) {
+    if (p.cells.extents[0] < batch || p.cells.extents[1] < n) {
+      return status::error(errc::invalid_argument, "positions.cells is [%lld, %lld], less than [%lld, %lld]",
+                           ll(p.cells.extents[0]), ll(p.cells.extents[1]), ll(batch), ll(n));
+    }
+    const bool needed = options.causal || options.sliding_window > 0 || options.alibi_slopes != nullptr;
+    if (needed && (!p.queries || p.queries.extents[0] < batch || p.queries.extents[1] < queries)) {
+      return status::error(
+          errc::invalid_argument,
+          "causal, sliding_window and alibi_slopes need positions.queries [%lld, %lld] where cells have "
+          "positions",
+          ll(batch), ll(queries));
+    }
+  }
   const auto& o = result.output.extents;
   if (o != std::array<index_t, 4>{batch, queries, heads, cache.dv()}) {
     return status::error(errc::invalid_argument, "output is [%lld, %lld, %lld, %lld], not [%lld, %lld, %lld, %lld]%s",
@@ -171,7 +191,44 @@ template <class Q, kv_cache KV>
     return status::error(errc::invalid_argument, "log_sum_exp and certificates must be [%lld, %lld, %lld], or empty",
                          ll(batch), ll(queries), ll(heads));
   }
-  return {};
+  return result.decisions.check({batch, queries, heads}, n);
+}
+
+/// `place` is (batch·n_queries + query)·n_heads + head.
+[[nodiscard]] inline status non_finite_error(index_t place, index_t n_queries, index_t n_heads) noexcept {
+  return status::error(
+      errc::non_finite,
+      "a NaN or infinity was read, or a product overflowed float, for batch %lld, query %lld, head %lld: check q, "
+      "K, V, the mask and the sink logits of that head",
+      static_cast<long long>(place / n_heads / n_queries), static_cast<long long>(place / n_heads % n_queries),
+      static_cast<long long>(place % n_heads));
+}
+
+/// The lowest failing row of a call, so that its message does not depend on the threads. −1: none.
+inline void keep_lowest(std::atomic<index_t>& failed, index_t place) noexcept {
+  for (index_t seen = failed.load(); (seen < 0 || place < seen) && !failed.compare_exchange_weak(seen, place);) {
+  }
+}
+
+/// Query t of T for head h: everything that its logits need. Scales the query into `scaled`, [dk].
+template <class Q, kv_head Head>
+[[nodiscard]] query_row<Head> make_row(const tensor_view<const Q, 4>& q, const Head& head,
+                                       const attention_options& options, index_t b, index_t t, index_t h, index_t kv,
+                                       std::span<float> scaled) noexcept {
+  query_row<Head> row{.head = head, .scaled_query = scaled.data()};
+  row.scale = options.scale;
+  row.softcap = options.softcap;
+  row.position = head.size() - q.extents[1] + t;
+  row.kv_head = kv;
+  row.mask = options.mask.at(b, h, t);
+  row.positions = options.positions.at(b);
+  if (row.positions && options.positions.queries) row.position = options.positions.queries(b, t);
+  if (options.alibi_slopes) row.alibi_slope = options.alibi_slopes[h];
+  if (options.sink_logits) row.sink_logit = options.sink_logits[h];
+  using kernel::load;
+  load(std::span<const Q>(&q(b, t, h, 0), scaled.size()), scaled.data());
+  for (float& x : scaled) x *= options.scale;
+  return row;
 }
 
 /// Heads of a group that share a sample. Larger groups are cut.
@@ -205,6 +262,12 @@ class head_group {
   index_t size_ = 0;
 };
 
+/// The observer of calls that nobody observes.
+struct unobserved {
+  template <kv_head Head>
+  void operator()(const head_task<Head>&) const noexcept {}
+};
+
 /// Bytes that `for_each_group` takes from the workspace: the dry run of the same code.
 [[nodiscard]] inline std::size_t call_bytes(index_t n, index_t dk, index_t dv, bool masked,
                                             const scratch::sparse_sizes& sparse, index_t workers) noexcept {
@@ -215,6 +278,22 @@ class head_group {
   return count.used() + workspace::alignment;
 }
 
+/// What query t of T sees of n tokens.
+template <kv_head Head>
+[[nodiscard]] population visible_tokens(const query_row<Head>& row, index_t n, index_t n_queries, index_t t,
+                                        const attention_options& options, const scratch::sparse_sizes& sparse,
+                                        const scratch& s) noexcept {
+  if (!row.positions) {
+    const auto [first, last] = visible_range(n, n_queries, t, options);
+    return {first, last, row.mask, s.visible};
+  }
+  position_range range;
+  if (options.causal) range.last = static_cast<std::int32_t>(row.position);
+  if (options.sliding_window > 0)
+    range.first = static_cast<std::int32_t>(std::max<index_t>(0, row.position + 1 - options.sliding_window));
+  return visible_by_position(n, row.mask, row.positions, range, sparse.sinks, sparse.window, s.visible, s.ends);
+}
+
 /// Calls `attend(head_group&)` for every query and KV head, with up to `sparse.shared` query heads at a time,
 /// and writes what it leaves in their states and certificates.
 template <class Q, kv_cache KV, executor E, class Attend>
@@ -223,7 +302,7 @@ template <class Q, kv_cache KV, executor E, class Attend>
                                     const scratch::sparse_sizes& sparse, Attend&& attend) noexcept {
   const index_t n_queries = q.extents[1], n_heads = q.extents[2], dk = q.extents[3];
   const index_t dv = cache.dv(), n_max = longest(cache), workers = exec.workers();
-  const bool masked = static_cast<bool>(options.mask);
+  const bool masked = options.mask || options.positions;
   const std::size_t bytes = call_bytes(n_max, dk, dv, masked, sparse, workers);
   if (status s = memory.reserve(bytes); !s) return s;
 
@@ -233,7 +312,10 @@ template <class Q, kv_cache KV, executor E, class Attend>
   const index_t tasks = q.extents[0] * n_queries * cache.n_kv_heads() * parts;
   std::atomic<index_t> failed{-1};
   std::atomic<bool> lagging{false};
-  exec.for_each(tasks, [&](index_t task, index_t worker) {
+  std::atomic<index_t> done{0};
+  const auto run = [&](index_t task, index_t worker) {
+    if (task < 0 || task >= tasks || worker < 0 || worker >= workers) return;
+    done.fetch_add(1, std::memory_order_relaxed);
     const index_t part = task % parts, kv = task / parts % cache.n_kv_heads();
     const index_t t = task / parts / cache.n_kv_heads() % n_queries, b = task / parts / cache.n_kv_heads() / n_queries;
     const index_t first_head = kv * group + part * shared;
@@ -245,20 +327,11 @@ template <class Q, kv_cache KV, executor E, class Attend>
     head_group<head_type> together;
     together.memory = a.take<std::byte>(sparse.group_bytes);
     for (index_t h = first_head; h < first_head + heads; ++h) {
-      const scratch s = scratch::take(a, n_max, dk, dv, masked, sparse);
-      query_row<head_type> row{.head = head, .scaled_query = s.query.data()};
-      row.softcap = options.softcap;
-      row.position = n - n_queries + t;
-      row.kv_head = b * cache.n_kv_heads() + kv;
-      row.mask = options.mask.at(b, h, t);
-      if (options.alibi_slopes) row.alibi_slope = options.alibi_slopes[h];
-      if (options.sink_logits) row.sink_logit = options.sink_logits[h];
-      using kernel::load;
-      load(std::span<const Q>(&q(b, t, h, 0), static_cast<std::size_t>(dk)), s.query.data());
-      for (float& x : s.query) x *= options.scale;
-
-      const auto [first, last] = visible_range(n, n_queries, t, options);
-      const population tokens(first, last, row.mask, s.visible);
+      scratch s = scratch::take(a, n_max, dk, dv, masked, sparse);
+      s.chosen = result.decisions.at(b, t, h);
+      s.chosen.clear();
+      const query_row<head_type> row = make_row(q, head, options, b, t, h, b * cache.n_kv_heads() + kv, s.query);
+      const population tokens = visible_tokens(row, n, n_queries, t, options, sparse, s);
       const random_stream stream({key.seed, key.layer, key.step + static_cast<std::uint32_t>(t)},
                                  static_cast<std::uint32_t>(b * n_heads + h));
       head_task<head_type> one{.row = row, .tokens = tokens, .stream = stream, .s = s};
@@ -276,29 +349,44 @@ template <class Q, kv_cache KV, executor E, class Attend>
                           kernel::const_float_map(one.s.output.data(), dv).allFinite();
       if (!finite) {
         if (one.s.lagging) lagging = true;
-        // The lowest failing row, so that the message does not depend on the threads.
-        for (index_t seen = failed.load(); (seen < 0 || place < seen) && !failed.compare_exchange_weak(seen, place);) {
-        }
+        keep_lowest(failed, place);
       }
       one.c.log_denominator = lse;
       for (index_t j = 0; j < dv; ++j) result.output(b, t, h, j) = one.s.output[static_cast<std::size_t>(j)];
       if (result.log_sum_exp) result.log_sum_exp(b, t, h) = lse;
       if (result.certificates) result.certificates(b, t, h) = one.c;
+      if (one.c.exact()) one.s.chosen.all(one.tokens);
     }
-  });
+  };
+#if VATTN_HAS_EXCEPTIONS
+  try {
+    exec.for_each(tasks, run);
+  } catch (...) {
+    done = -1;
+  }
+#else
+  exec.for_each(tasks, run);
+#endif
+  index_t share = tasks;
+  if constexpr (requires { exec.share(tasks); }) share = exec.share(tasks);
+  if (const index_t ran = done.load(); ran != share) {
+    if (ran < 0) {
+      return status::error(errc::executor_failed,
+                           "the executor threw: call again, with vattn::serial_executor if it keeps failing");
+    }
+    return status::error(errc::executor_failed,
+                         "the executor ran %lld of %lld tasks: for_each(n, f) must call f(task, worker) once for each "
+                         "task in [0, n), with worker in [0, workers())",
+                         static_cast<long long>(ran), static_cast<long long>(share));
+  }
   if (const index_t place = failed.load(); place >= 0) {
     if (lagging.load()) {
       return status::error(
           errc::invalid_argument,
-          "the selector's index has no state for a KV head or lacks its latest tokens: give one index for "
-          "each of batch x KV heads, and append the new keys before the call");
+          "the selector's index has no state for a KV head or lacks its latest tokens: give one index of the "
+          "cache's head size for each of batch x KV heads, and append the new keys before the call");
     }
-    return status::error(
-        errc::non_finite,
-        "a NaN or infinity was read, or a product overflowed float, for batch %lld, query %lld, head %lld: check q, "
-        "K, V, the mask and the sink logits of that head",
-        static_cast<long long>(place / n_heads / n_queries), static_cast<long long>(place / n_heads % n_queries),
-        static_cast<long long>(place % n_heads));
+    return non_finite_error(place, n_queries, n_heads);
   }
   return {};
 }

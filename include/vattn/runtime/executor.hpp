@@ -1,4 +1,4 @@
-// Who runs the independent (batch, query, head) tasks of a call. The library starts no thread of its own.
+// Who runs the independent (batch, query, head) tasks of a call. The library starts no thread of its own accord.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +17,9 @@ struct task_probe {
 
 /// `for_each(n, f)` calls f(task, worker) once for every task in [0, n), worker in [0, workers()), and
 /// returns when all are done; two tasks never share a worker at the same time. Tasks are independent and
-/// draw from streams of their own, so no order or thread count changes a result.
+/// draw from streams of their own, so no order or thread count changes a result. It may throw, once no task runs any
+/// more: the call then returns errc::executor_failed, as it does if tasks are left out, repeated or made up.
+/// One that does a part of the tasks on purpose says how many: `share(n)`.
 template <class E>
 concept executor = requires(E& e, index_t n) {
   { e.workers() } -> std::convertible_to<index_t>;
@@ -33,8 +35,8 @@ struct serial_executor {
   }
 };
 
-/// std::threads started for each call: simple, for prefill-sized work and tests. A decode loop wants a
-/// pool, or the engine's own threads behind the same two members.
+/// std::threads started for each call: simple, for prefill-sized work and tests. A decode loop wants a pool
+/// (runtime/thread_pool.hpp), OpenMP's (runtime/openmp.hpp), or the engine's own threads behind the same two members.
 class thread_executor {
  public:
   explicit thread_executor(index_t threads) : threads_(threads < 1 ? 1 : threads) {}

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "vattn/kernel/row.hpp"
+#include "vattn/runtime/room.hpp"
 
 namespace vattn::select {
 
@@ -56,20 +57,27 @@ class double_sparsity {
   explicit double_sparsity(std::vector<ordinal> channels) : channels_(std::move(channels)) {}
 
   [[nodiscard]] index_t size() const noexcept { return static_cast<index_t>(scale_.size()); }
+  /// Of the keys; 0 before the first.
+  [[nodiscard]] index_t dim() const noexcept { return static_cast<index_t>(dim_); }
   [[nodiscard]] const std::vector<ordinal>& channels() const noexcept { return channels_; }
   [[nodiscard]] std::size_t bytes() const noexcept {
     return labels_.size() + (scale_.size() + zero_.size()) * sizeof(float);
   }
   [[nodiscard]] std::size_t scratch_size() const noexcept { return channels_.size(); }
 
+  /// A key that is not of the first one's size is not taken: calls then say that the index lags.
   template <kernel::row R>
   void append(const R& key) {
     using kernel::load;
+    if (!scale_.empty() && key.size() != dim_) return;
+    key_.resize(std::max(key_.size(), std::size_t{key.size()}));
+    vattn::detail::make_room(scale_, 1);
+    vattn::detail::make_room(zero_, 1);
+    vattn::detail::make_room(labels_, row_bytes());
     if (scale_.empty()) {
       dim_ = key.size();
       std::erase_if(channels_, [&](ordinal c) { return c >= dim_; });
     }
-    key_.resize(std::max(key_.size(), std::size_t{key.size()}));
     load(key, key_.data());
     float low = 0, high = 0;
     bool finite = true;

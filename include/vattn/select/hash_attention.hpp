@@ -9,6 +9,7 @@
 #include <string_view>
 #include <vector>
 
+#include "vattn/kernel/row_size.hpp"
 #include "vattn/sketch/hyperplanes.hpp"
 #include "vattn/status.hpp"
 
@@ -167,9 +168,13 @@ class hash_attention {
     return signatures_[static_cast<std::size_t>(token)];
   }
 
+  [[nodiscard]] index_t dim() const noexcept { return map_.dim(); }
+
+  /// A key that is not of dim() elements is not taken: calls then say that the index lags.
   template <kernel::row R>
   void append(const R& key) {
     using kernel::load;
+    if (!kernel::has_size(key, dim())) return;
     load(key, key_.data());
     map_.key(key_.data(), buffer_.data(), buffer_.data() + map_.bits());
     signatures_.push_back(signs(buffer_.data()));

@@ -1,6 +1,7 @@
 // Indices over keys: state that is built as a cache grows and scores it without reading it.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <concepts>
 #include <span>
@@ -63,7 +64,11 @@ struct indexed {
 
   std::span<const Index> heads;
 
-  [[nodiscard]] std::size_t scratch_size() const noexcept { return heads.empty() ? 0 : heads.front().scratch_size(); }
+  [[nodiscard]] std::size_t scratch_size() const noexcept {
+    std::size_t most = 0;
+    for (const Index& index : heads) most = std::max(most, index.scratch_size());
+    return most;
+  }
 
   template <kv_head Head>
   score_result score(const query_row<Head>& row, const population& tokens, const score_buffers& out) const noexcept {
@@ -71,12 +76,14 @@ struct indexed {
     if (row.kv_head >= static_cast<index_t>(heads.size())) return {.ok = false, .lagging = true};
     const Index& index = heads[static_cast<std::size_t>(row.kv_head)];
     if (n == 0) return {};
-    const index_t first = tokens[0], last = tokens[n - 1] + 1;
-    if (index.size() < last) return {.ok = false, .lagging = true};
+    if constexpr (requires { index.dim(); }) {  // another layer's or model's
+      if (index.dim() != row.head.dk()) return {.ok = false, .lagging = true};
+    }
     // Runs of consecutive tokens: one, unless a mask has cut the population.
     for (index_t from = 0; from < n;) {
-      index_t to = last - first == n ? n : from + 1;
+      index_t to = tokens.contiguous() ? n : from + 1;
       while (to < n && tokens[to] == tokens[to - 1] + 1) ++to;
+      if (index.size() <= tokens[to - 1]) return {.ok = false, .lagging = true};
       const auto at = static_cast<std::size_t>(from), count = static_cast<std::size_t>(to - from);
       index.score(row.scaled_query, tokens[from], out.scores.subspan(at, count),
                   out.errors.empty() ? out.errors : out.errors.subspan(at, count), out.scratch);

@@ -8,6 +8,7 @@
 #include <string_view>
 #include <vector>
 
+#include "vattn/runtime/room.hpp"
 #include "vattn/sketch/hyperplanes.hpp"
 
 namespace vattn::select {
@@ -42,9 +43,13 @@ class magic_pig {
   [[nodiscard]] index_t K() const noexcept { return hash_.bits(); }
   [[nodiscard]] index_t L() const noexcept { return hash_.tables(); }
 
+  [[nodiscard]] index_t dim() const noexcept { return hash_.dim(); }
+
+  /// A key that is not of dim() elements is not taken: calls then say that the index lags.
   template <kernel::row R>
   void append(const R& key) {
-    norm_.push_back(hash_.append(key));
+    vattn::detail::make_room(norm_, 1);
+    if (const float norm = hash_.append(key); !(norm < 0)) norm_.push_back(norm);
   }
   void truncate(index_t n) {
     hash_.truncate(n);

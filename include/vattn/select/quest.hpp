@@ -9,6 +9,8 @@
 #include <vector>
 
 #include "vattn/kernel/row.hpp"
+#include "vattn/kernel/row_size.hpp"
+#include "vattn/runtime/room.hpp"
 
 namespace vattn::select {
 
@@ -32,21 +34,26 @@ class quest {
         page_(static_cast<std::size_t>(std::max<index_t>(page_size, 1))) {}
 
   [[nodiscard]] index_t size() const noexcept { return static_cast<index_t>(size_); }
+  [[nodiscard]] index_t dim() const noexcept { return static_cast<index_t>(dim_); }
   [[nodiscard]] index_t page_size() const noexcept { return static_cast<index_t>(page_); }
   [[nodiscard]] std::size_t bytes() const noexcept { return (extremes_.size() + last_.size()) * sizeof(float); }
   [[nodiscard]] std::size_t scratch_size() const noexcept { return 0; }
 
+  /// A key that is not of dim() elements is not taken: calls then say that the index lags.
   template <kernel::row R>
   void append(const R& key) {
     using kernel::load;
+    if (!kernel::has_size(key, dim())) return;
     const std::size_t in_page = size_ % page_;
+    vattn::detail::make_room(extremes_, in_page == 0 ? 2 * dim_ : 0);
+    vattn::detail::make_room(last_, dim_);
+    buffer_.resize(dim_);
     if (in_page == 0) {
       last_.clear();
       extremes_.insert(extremes_.end(), dim_, std::numeric_limits<float>::infinity());
       extremes_.insert(extremes_.end(), dim_, -std::numeric_limits<float>::infinity());
     }
     if (last_.size() != in_page * dim_) {  // cut by a truncation: the page's keys are gone, its extremes are not
-      buffer_.resize(dim_);
       load(key, buffer_.data());
       widen(buffer_.data());
     } else {

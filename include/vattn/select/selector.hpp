@@ -33,7 +33,7 @@ struct score_result {
 
 /// Where a selector writes.
 struct score_buffers {
-  std::span<float> scores;   ///< [n], one for each place of the population; a NaN ranks last
+  std::span<float> scores;   ///< [n], one for each place of the population; a NaN: attend exactly
   std::span<float> errors;   ///< [n] or empty: error scale σ of the score as an estimate of the logit
   std::span<float> centre;   ///< [dv]: the values' centre, of score_kind::contribution
   std::span<float> scratch;  ///< [scratch_size()] of the selector, if it asks for any
@@ -51,6 +51,22 @@ concept selector_for = requires(const S& s, const Row& row, const population& to
   { s.heavy_count(r, n, c) }
   noexcept->std::convertible_to<index_t>;
 };
+
+/// Can places be ranked by these scores? A NaN says that the selector does not know, and the query is attended exactly.
+[[nodiscard]] inline bool can_rank(const score_result& r, std::span<const float> scores) noexcept {
+  if (r.kind == score_kind::contribution && !(r.value_offset > 0)) return false;
+  bool known = true;
+  for (const float s : scores) known &= !std::isnan(s);
+  return known;
+}
+
+/// Can probabilities be made of them? That takes finite scores, and errors that are not negative.
+[[nodiscard]] inline bool can_sample(std::span<const float> scores, std::span<const float> errors) noexcept {
+  bool known = true;
+  for (const float s : scores) known &= std::isfinite(s);
+  for (const float e : errors) known &= e >= 0 && std::isfinite(e);
+  return known;
+}
 
 template <class S>
 [[nodiscard]] constexpr std::size_t selector_scratch(const S& s) noexcept {

@@ -29,6 +29,9 @@ class socket {
   [[nodiscard]] index_t size() const noexcept { return hash_.size(); }
   [[nodiscard]] std::size_t bytes() const noexcept { return hash_.bytes(); }
 
+  [[nodiscard]] index_t dim() const noexcept { return hash_.dim(); }
+
+  /// A key that is not of dim() elements is not taken: calls then say that the index lags.
   template <kernel::row R>
   void append(const R& key) {
     static_cast<void>(hash_.append(key));

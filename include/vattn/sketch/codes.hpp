@@ -11,6 +11,8 @@
 #include <vector>
 
 #include "vattn/kernel/row.hpp"
+#include "vattn/kernel/row_size.hpp"
+#include "vattn/runtime/room.hpp"
 #include "vattn/sketch/rotation.hpp"
 
 namespace vattn::sketch {
@@ -62,12 +64,17 @@ class key_codes {
     return codes_.size() + (scale_.size() + residual_.size() + means_.size()) * sizeof(float);
   }
 
-  /// Adds the next token's key.
+  /// Adds the next token's key. A key that is not of dim() elements is not taken: calls then say that the index lags.
   template <kernel::row R>
   void append(const R& key) {
     using kernel::load;
+    if (!kernel::has_size(key, dim())) return;
     const index_t token = size();
+    vattn::detail::make_room(codes_, row_bytes_);
+    vattn::detail::make_room(scale_, 1);
+    vattn::detail::make_room(residual_, 1);
     if (starts_epoch(token)) {
+      vattn::detail::make_room(means_, width());
       means_.insert(means_.end(), sum_.begin(), sum_.end());
       const float share = weight_ > 0 ? static_cast<float>(1 / weight_) : 0.0f;
       for (std::size_t j = means_.size() - width(); j < means_.size(); ++j) means_[j] *= share;

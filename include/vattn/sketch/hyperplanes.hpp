@@ -1,12 +1,15 @@
 // Random hyperplanes: the sign bits from which locality-sensitive hashes are made.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <memory>
 #include <numbers>
 #include <vector>
 
 #include "vattn/kernel/row.hpp"
+#include "vattn/kernel/row_size.hpp"
+#include "vattn/runtime/room.hpp"
 #include "vattn/sample/philox.hpp"
 
 namespace vattn::sketch {
@@ -66,10 +69,13 @@ class hash_tables {
   [[nodiscard]] std::size_t projections() const noexcept { return static_cast<std::size_t>(planes_.count()); }
   [[nodiscard]] const std::vector<float>& centre() const noexcept { return centre_; }
 
-  /// Adds a key; returns the norm of what is left of it after centring.
+  /// Adds a key; returns the norm of what is left of it after centring. A key that is not of dim() elements is not
+  /// taken, and -1 returned.
   template <kernel::row R>
   float append(const R& key) {
     using kernel::load;
+    if (!kernel::has_size(key, dim())) return -1;
+    vattn::detail::make_room(buckets_, static_cast<std::size_t>(tables_));
     load(key, key_.data());
     for (std::size_t j = 0; j < key_.size(); ++j) key_[j] -= centre_[j];
     planes_.project(key_.data(), projected_.data());
@@ -94,7 +100,9 @@ class hash_tables {
     index_t dim = planes_.dim();
     std::uint64_t seed = planes_.seed();
     a(bits_, tables_, dim, seed, centre_, buckets_);
-    const bool sane = bits_ >= 1 && bits_ <= 16 && tables_ >= 0 && tables_ <= 4096 && dim >= 0 && dim <= 65536;
+    // The planes are made anew, so a file must not be able to ask for more of them than anybody has: 1 GiB.
+    const bool sane = bits_ >= 1 && bits_ <= 16 && tables_ >= 0 && tables_ <= 4096 && dim >= 0 && dim <= 65536 &&
+                      bits_ * tables_ * dim <= index_t{1} << 28 && centre_.size() == static_cast<std::size_t>(dim);
     if (!sane) {
       bits_ = 0;  // invalid
     } else if (dim != planes_.dim() || seed != planes_.seed() || bits_ * tables_ != planes_.count()) {
@@ -104,6 +112,7 @@ class hash_tables {
   }
   [[nodiscard]] bool valid() const noexcept {
     return bits_ >= 1 && centre_.size() == static_cast<std::size_t>(dim()) &&
+           std::all_of(buckets_.begin(), buckets_.end(), [this](std::uint16_t b) { return b >> bits_ == 0; }) &&
            (tables_ == 0 ? buckets_.empty() : buckets_.size() % static_cast<std::size_t>(tables_) == 0);
   }
 

@@ -8,7 +8,9 @@
 #include <vector>
 
 #include "vattn/kernel/row.hpp"
+#include "vattn/kernel/row_size.hpp"
 #include "vattn/kv/view.hpp"
+#include "vattn/runtime/room.hpp"
 #include "vattn/sketch/codebook.hpp"
 #include "vattn/sketch/principal_axes.hpp"
 
@@ -56,23 +58,31 @@ class learned_codes {
            (trained() ? book_.bytes() : 0);
   }
 
+  /// Adds the next token's key. A key that is not of dim() elements is not taken: calls then say that the index lags.
   template <kernel::row R>
   void append(const R& key) {
     using kernel::load;
+    if (!kernel::has_size(key, dim_)) return;
     load(key, point_.data());
+    if (!trained() && size_ + 1 == how_.train_size) {
+      learned_codes next = *this;  // aside, so that memory that runs out while it learns changes nothing
+      next.waiting_.insert(next.waiting_.end(), point_.begin(), point_.end());
+      next.learn(next.waiting_);
+      for (next.size_ = 0; next.size_ < how_.train_size; ++next.size_) {
+        std::copy_n(next.waiting_.begin() + next.size_ * dim_, dim_, next.point_.begin());
+        next.encode();
+      }
+      next.waiting_ = {};
+      *this = std::move(next);
+      return;
+    }
     if (trained()) {
       encode();
     } else {
+      vattn::detail::make_room(waiting_, point_.size());
       waiting_.insert(waiting_.end(), point_.begin(), point_.end());
     }
-    if (++size_; !trained() && size_ == how_.train_size) {
-      learn(waiting_);
-      for (index_t i = 0; i < size_; ++i) {
-        std::copy_n(waiting_.begin() + i * dim_, dim_, point_.begin());
-        encode();
-      }
-      waiting_ = {};
-    }
+    ++size_;
   }
 
   /// Learns from up to train_size keys of `head`, evenly spaced, and forgets all tokens: append_from brings them
@@ -179,6 +189,8 @@ class learned_codes {
 
   // The key in point_, which is lost. ρ is rounded up: it is used as a bound.
   void encode() {
+    vattn::detail::make_room(codes_, book_.code_bytes());
+    if constexpr (Balanced) vattn::detail::make_room(residual_, 1);
     codes_.resize(codes_.size() + book_.code_bytes());
     std::uint8_t* code = codes_.data() + codes_.size() - book_.code_bytes();
     if constexpr (!Balanced) {
@@ -207,7 +219,6 @@ class learned_codes {
       const auto from = keys.begin() + static_cast<std::ptrdiff_t>(i), to = from + static_cast<std::ptrdiff_t>(d);
       if (std::all_of(from, to, [](float x) { return std::isfinite(x); })) points.insert(points.end(), from, to);
     }
-    trained_ = 1;
     if constexpr (!Balanced) {
       book_ = codebook(equal_widths(dim_, groups_), bits_);
       book_.train(points, how_.iterations, how_.seed);
@@ -225,6 +236,7 @@ class learned_codes {
       book_.train(moved, how_.iterations, how_.seed);
       learn_moments(moved);
     }
+    trained_ = 1;
   }
 
   // Second moments of the residuals, as a share of their mean square norm. From centroids of one half of the keys on

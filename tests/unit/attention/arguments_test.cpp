@@ -153,4 +153,6 @@ TEST_CASE("settings are checked before the arguments", "[arguments]") {
     CHECK(contains(why([&](vattn::config& s) { s.epsilon = bad; }), "epsilon is "));
     CHECK(contains(why([&](vattn::config& s) { s.delta = bad; }), "delta is "));
   }
+  for (const index_t bad : {index_t{0}, index_t{1001}, std::numeric_limits<index_t>::max()})
+    CHECK(contains(why([&](vattn::config& s) { s.max_rounds = bad; }), "give 1 to 1000 looks"));
 }

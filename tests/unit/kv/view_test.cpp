@@ -164,6 +164,14 @@ TEST_CASE("norms of rows are found by batch, head and token", "[kv][view]") {
   CHECK(head.key_norm(4) == 29.0f);
   CHECK(head.value_norm(4) == 129.0f);
   CHECK(head.value_centre()[0] == 20.0f);
+
+  // With room behind the tokens: a head's numbers begin after the room of the heads before it.
+  const auto roomy =
+      contiguous_kv(rows.data(), rows.data(), {.n_batch = 1, .n_kv_heads = 3, .n_tokens = 5, .dk = 2, .dv = 4})
+          .with_norms({.keys = keys.data(), .values = values.data(), .value_centres = centres.data(), .per_head = 9});
+  CHECK(roomy.head(0, 2).key_norm(4) == 22.0f);
+  CHECK(roomy.head(0, 2).value_norm(0) == 118.0f);
+  CHECK(roomy.head(0, 2).value_centre()[0] == 8.0f);
 }
 
 TEST_CASE("a view that cannot be meant says why", "[kv][view]") {

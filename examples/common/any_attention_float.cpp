@@ -1,0 +1,3 @@
+#include "common/any_attention_impl.hpp"
+
+template class vattn::examples::any_attention<float>;

@@ -1,0 +1,198 @@
+// The view behind all engine layouts: where a token's cell is (places), where its row begins (strides), how it is
+// read (row_format).
+#pragma once
+
+#include <bit>
+#include <cstdint>
+#include <limits>
+
+#include "vattn/kv/row_format.hpp"
+#include "vattn/kv/view.hpp"
+
+namespace vattn {
+
+/// A token's place: cell `slot` of page `page`. A cache without pages has one for each sequence.
+struct cell {
+  index_t page, slot;
+};
+
+/// Which cell holds token i of a sequence. `pages(b)` is a function of the token; `n_pages` and `page_size` bound
+/// what it returns once `validate()` is ok.
+template <class P>
+concept cell_places = requires(const P& p, index_t b) {
+  { p.n_batch() } -> std::convertible_to<index_t>;
+  { p.n_pages() } -> std::convertible_to<index_t>;
+  { p.page_size() } -> std::convertible_to<index_t>;
+  { p.length(b) } -> std::convertible_to<index_t>;
+  { p.sequence(b)(b) }
+  noexcept->std::same_as<cell>;
+  { p.validate() } -> std::same_as<status>;
+};
+
+/// BYTES from one page, cell of a page, or KV head to the next.
+struct cell_strides {
+  index_t page = 0;
+  index_t cell = 0;
+  index_t head = 0;
+};
+
+/// K, or V: its first row, its strides, and its format.
+template <row_format F>
+struct row_store {
+  const void* first = nullptr;
+  cell_strides strides{};
+  [[no_unique_address]] F format{};
+
+  [[nodiscard]] const std::byte* head(index_t h) const noexcept {
+    return static_cast<const std::byte*>(first) + h * strides.head;
+  }
+};
+
+/// One KV head of one sequence of a `placed_kv`.
+template <class Sequence, row_format K, row_format V>
+class placed_head {
+ public:
+  placed_head(const Sequence& sequence, const row_store<K>& k, const row_store<V>& v, const row_norms& norms,
+              index_t norm_page, index_t h, index_t n, index_t dk, index_t dv) noexcept
+      : sequence_(sequence),
+        k_(k),
+        v_(v),
+        k_first_(k.head(h)),
+        v_first_(v.head(h)),
+        norms_(norms),
+        norm_page_(norm_page),
+        n_(n),
+        dk_(dk),
+        dv_(dv) {}
+
+  [[nodiscard]] index_t size() const noexcept { return n_; }
+  [[nodiscard]] index_t dk() const noexcept { return K::width == dynamic ? dk_ : K::width; }
+  [[nodiscard]] index_t dv() const noexcept { return V::width == dynamic ? dv_ : V::width; }
+  [[nodiscard]] auto key(index_t token) const noexcept {
+    const cell c = sequence_(token);
+    return k_.format.at(k_first_ + c.page * k_.strides.page + c.slot * k_.strides.cell, dk());
+  }
+  [[nodiscard]] auto value(index_t token) const noexcept {
+    const cell c = sequence_(token);
+    return v_.format.at(v_first_ + c.page * v_.strides.page + c.slot * v_.strides.cell, dv());
+  }
+  [[nodiscard]] bool has_key_norms() const noexcept { return norms_.keys != nullptr; }
+  [[nodiscard]] float key_norm(index_t token) const noexcept { return norms_.keys[norm(token)]; }
+  [[nodiscard]] bool has_value_norms() const noexcept { return norms_.values != nullptr; }
+  [[nodiscard]] float value_norm(index_t token) const noexcept { return norms_.values[norm(token)]; }
+  [[nodiscard]] const float* value_centre() const noexcept { return norms_.value_centres; }
+
+ private:
+  [[nodiscard]] index_t norm(index_t token) const noexcept {
+    const cell c = sequence_(token);
+    return c.page * norm_page_ + c.slot;
+  }
+
+  Sequence sequence_;
+  row_store<K> k_;
+  row_store<V> v_;
+  const std::byte* k_first_;
+  const std::byte* v_first_;
+  row_norms norms_;  // of this head's cells in page 0
+  index_t norm_page_, n_, dk_, dv_;
+};
+
+/// Non-owning view of an engine's cache; models `kv_cache`. Allocates nothing; the engine's buffers and tables must
+/// outlive it. `validate()`, which every call begins with, walks the page tables.
+template <cell_places Places, row_format K, row_format V>
+class placed_kv {
+ public:
+  placed_kv() = default;
+  placed_kv(const Places& places, index_t n_kv_heads, index_t dk, index_t dv, const row_store<K>& k,
+            const row_store<V>& v) noexcept
+      : places_(places), k_(k), v_(v), n_kv_heads_(n_kv_heads), dk_(dk), dv_(dv) {}
+
+  [[nodiscard]] index_t n_batch() const noexcept { return places_.n_batch(); }
+  [[nodiscard]] index_t n_kv_heads() const noexcept { return n_kv_heads_; }
+  [[nodiscard]] index_t dk() const noexcept { return K::width == dynamic ? dk_ : K::width; }
+  [[nodiscard]] index_t dv() const noexcept { return V::width == dynamic ? dv_ : V::width; }
+
+  /// Numbers about the rows, kept in the cells' own order so that sequences may share pages: keys and values
+  /// [n_pages, n_kv_heads, room], value_centres [n_kv_heads, dv]. `room` >= page_size is the distance between heads,
+  /// for views of a part of the cells; 0 = page_size. Without value norms a call reads all values.
+  [[nodiscard]] placed_kv with_norms(const row_norms& norms, index_t room = 0) const noexcept {
+    placed_kv copy = *this;
+    copy.norms_ = norms;
+    copy.norm_room_ = room;
+    return copy;
+  }
+
+  [[nodiscard]] auto head(index_t batch, index_t h) const noexcept {
+    const auto sequence = places_.sequence(batch);
+    const index_t room = norm_room_ == 0 ? places_.page_size() : norm_room_;
+    const auto at = [h](const float* first, index_t width) { return first ? first + h * width : nullptr; };
+    const row_norms norms{at(norms_.keys, room), at(norms_.values, room), at(norms_.value_centres, dv())};
+    return placed_head<std::remove_cvref_t<decltype(sequence)>, K, V>(sequence, k_, v_, norms, n_kv_heads_ * room, h,
+                                                                      places_.length(batch), dk_, dv_);
+  }
+
+  [[nodiscard]] status validate() const noexcept {
+    if (n_kv_heads_ < 1 || dk_ < 1 || dv_ < 1) {
+      return status::error(errc::invalid_argument,
+                           "the cache has n_kv_heads %lld, dk %lld, dv %lld: all must be at least 1", ll(n_kv_heads_),
+                           ll(dk_), ll(dv_));
+    }
+    if ((K::width != dynamic && K::width != dk_) || (V::width != dynamic && V::width != dv_)) {
+      return status::error(errc::invalid_argument,
+                           "the view is compiled for dk %lld, dv %lld but the cache has dk %lld, dv %lld: use "
+                           "vattn::dynamic or the right sizes (are K and V swapped?)",
+                           ll(K::width), ll(V::width), ll(dk_), ll(dv_));
+    }
+    if (status s = places_.validate(); !s) return s;
+    if (norm_room_ != 0 && norm_room_ < places_.page_size()) {
+      return status::error(errc::invalid_argument, "norms have room for %lld cells a head, but there are %lld",
+                           ll(norm_room_), ll(places_.page_size()));
+    }
+    index_t longest = 0;
+    for (index_t b = 0; b < n_batch(); ++b) longest = std::max<index_t>(longest, places_.length(b));
+    if (longest == 0) return {};  // no row is ever read
+    if (status s = check("K", k_, dk_); !s) return s;
+    return check("V", v_, dv_);
+  }
+
+ private:
+  static constexpr long long ll(index_t value) noexcept { return static_cast<long long>(value); }
+
+  template <row_format F>
+  [[nodiscard]] status check(const char* name, const row_store<F>& rows, index_t width) const noexcept {
+    if (rows.first == nullptr) return status::error(errc::invalid_argument, "%s is null: pass its first row", name);
+    if (const index_t multiple = rows.format.multiple(); multiple < 1 || width % multiple != 0) {
+      return status::error(errc::invalid_argument,
+                           "%s has rows of %lld elements, no multiple of %lld, the size of its blocks", name, ll(width),
+                           ll(multiple));
+    }
+    constexpr auto alignment = static_cast<index_t>(F::alignment);
+    if (reinterpret_cast<std::uintptr_t>(rows.first) % F::alignment != 0) {
+      return status::error(errc::invalid_argument, "%s is not aligned to its element size %lld", name, ll(alignment));
+    }
+    const index_t bytes = rows.format.extent(width);
+    const auto along = [&](const char* axis, index_t stride, index_t extent) -> status {
+      if (extent <= 1) return {};
+      const index_t magnitude = stride < 0 ? -stride : stride;
+      if (magnitude < bytes || magnitude % alignment != 0) {
+        return status::error(errc::invalid_argument,
+                             "the %s stride of %s is %lld bytes: give a multiple of %lld of at least %lld bytes, the "
+                             "extent of a row; strides are in bytes, not in elements",
+                             axis, name, ll(stride), ll(alignment), ll(bytes));
+      }
+      return {};
+    };
+    if (status s = along("cell", rows.strides.cell, places_.page_size()); !s) return s;
+    if (status s = along("head", rows.strides.head, n_kv_heads_); !s) return s;
+    return along("page", rows.strides.page, places_.n_pages());
+  }
+
+  Places places_{};
+  row_store<K> k_{};
+  row_store<V> v_{};
+  row_norms norms_{};
+  index_t norm_room_ = 0;
+  index_t n_kv_heads_ = 1, dk_ = 0, dv_ = 0;
+};
+
+}  // namespace vattn

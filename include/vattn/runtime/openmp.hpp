@@ -1,0 +1,32 @@
+// OpenMP's threads as an executor; there where the program is compiled with OpenMP.
+#pragma once
+
+#if defined(_OPENMP)
+#include <omp.h>
+
+#include "vattn/config.hpp"
+
+namespace vattn {
+
+/// `threads` of OpenMP's, by default as many as it would use. Tasks are handed out one by one.
+class openmp_executor {
+ public:
+  openmp_executor() : openmp_executor(omp_get_max_threads()) {}
+  explicit openmp_executor(index_t threads) : threads_(threads < 1 ? 1 : static_cast<int>(threads)) {}
+  [[nodiscard]] index_t workers() const noexcept { return threads_; }
+  template <class F>
+  void for_each(index_t n, F&& f) {
+#pragma omp parallel num_threads(threads_)
+    {
+      const index_t worker = omp_get_thread_num();
+#pragma omp for schedule(dynamic, 1)
+      for (index_t task = 0; task < n; ++task) f(task, worker);
+    }
+  }
+
+ private:
+  int threads_;
+};
+
+}  // namespace vattn
+#endif

@@ -1,0 +1,195 @@
+// Memory that runs out: an index that fails to grow is as it was; a call says so; the decode path asks for none.
+#include <cstdlib>
+#include <new>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "support/catch.hpp"
+#include "support/problem.hpp"
+#include "vattn/vattn.hpp"
+
+namespace {
+
+// Of the next allocations, the one that fails; and how many there were. Not for threads.
+long fail_at = -1, allocations = 0;
+
+bool fails() { return ++allocations == fail_at; }
+
+void* allocate(std::size_t size, std::size_t alignment) {
+  if (fails()) return nullptr;
+  const std::size_t rounded = (size + alignment - 1) / alignment * alignment;
+  return alignment > alignof(std::max_align_t) ? std::aligned_alloc(alignment, rounded == 0 ? alignment : rounded)
+                                               : std::malloc(size == 0 ? 1 : size);
+}
+
+void* allocate_or_throw(std::size_t size, std::size_t alignment) {
+  void* p = allocate(size, alignment);
+  if (p == nullptr) throw std::bad_alloc();
+  return p;
+}
+
+}  // namespace
+
+// Everything that the program allocates; malloc and free fit each other whatever the alignment.
+void* operator new(std::size_t size) { return allocate_or_throw(size, 1); }
+void* operator new[](std::size_t size) { return allocate_or_throw(size, 1); }
+void* operator new(std::size_t size, std::align_val_t a) { return allocate_or_throw(size, std::size_t(a)); }
+void* operator new[](std::size_t size, std::align_val_t a) { return allocate_or_throw(size, std::size_t(a)); }
+void* operator new(std::size_t size, const std::nothrow_t&) noexcept { return allocate(size, 1); }
+void* operator new[](std::size_t size, const std::nothrow_t&) noexcept { return allocate(size, 1); }
+void* operator new(std::size_t size, std::align_val_t a, const std::nothrow_t&) noexcept {
+  return allocate(size, std::size_t(a));
+}
+void* operator new[](std::size_t size, std::align_val_t a, const std::nothrow_t&) noexcept {
+  return allocate(size, std::size_t(a));
+}
+void operator delete(void* p) noexcept { std::free(p); }
+void operator delete[](void* p) noexcept { std::free(p); }
+void operator delete(void* p, std::size_t) noexcept { std::free(p); }
+void operator delete[](void* p, std::size_t) noexcept { std::free(p); }
+void operator delete(void* p, std::align_val_t) noexcept { std::free(p); }
+void operator delete[](void* p, std::align_val_t) noexcept { std::free(p); }
+void operator delete(void* p, std::size_t, std::align_val_t) noexcept { std::free(p); }
+void operator delete[](void* p, std::size_t, std::align_val_t) noexcept { std::free(p); }
+void operator delete(void* p, const std::nothrow_t&) noexcept { std::free(p); }
+void operator delete[](void* p, const std::nothrow_t&) noexcept { std::free(p); }
+void operator delete(void* p, std::align_val_t, const std::nothrow_t&) noexcept { std::free(p); }
+void operator delete[](void* p, std::align_val_t, const std::nothrow_t&) noexcept { std::free(p); }
+
+namespace {
+
+using vattn::index_t;
+using namespace vattn::test;
+
+constexpr index_t dim = 8;
+
+std::vector<float> random_keys(index_t n) {
+  std::mt19937 random(3);
+  std::normal_distribution<float> normal;
+  std::vector<float> keys(static_cast<std::size_t>(n * dim));
+  for (float& x : keys) x = normal(random);
+  return keys;
+}
+
+// Every allocation of every append fails once; the append is then tried again.
+template <class Index>
+void check_appends(const Index& empty, index_t n = 150) {
+  const std::vector<float> keys = random_keys(n);
+  const auto key = [&](index_t i) { return std::span<const float>(keys.data() + i * dim, std::size_t{dim}); };
+  Index undisturbed = empty, disturbed = empty;
+  long failures = 0;
+  for (index_t i = 0; i < n; ++i) {
+    undisturbed.append(key(i));
+    for (long which = 1;; ++which) {
+      allocations = 0, fail_at = which;
+      bool failed = false;
+      try {
+        disturbed.append(key(i));
+      } catch (const std::bad_alloc&) {
+        failed = true;
+      }
+      fail_at = -1;
+      if (!failed) break;
+      ++failures;
+      REQUIRE(disturbed.size() == i);
+    }
+  }
+  CHECK(failures > 4);
+  CHECK(disturbed.size() == n);
+  CHECK(vattn::save(disturbed) == vattn::save(undisturbed));
+}
+
+}  // namespace
+
+TEST_CASE("an append for which memory runs out changes nothing, and can be tried again", "[faults]") {
+  namespace select = vattn::select;
+  namespace sketch = vattn::sketch;
+  SECTION("codes") {
+    check_appends(sketch::key_codes<1>(dim));
+    check_appends(sketch::key_codes<8>(dim));
+  }
+  SECTION("learned codes, which learn meanwhile") {
+    check_appends(sketch::product_codes(dim, 2, {.train_size = 70, .iterations = 2}));
+    check_appends(select::pq_cache(dim, 2, 3, {.train_size = 70, .iterations = 2}));
+  }
+  SECTION("selectors of the literature") {
+    check_appends(select::quest(dim, 4));
+    check_appends(select::double_sparsity({0, 3, 5}));
+    check_appends(select::hash_attention<select::simhash_map>(select::simhash_map(dim, 32)));
+    check_appends(select::magic_pig(dim, 4, 6));
+    check_appends(select::socket(dim, 4, 6));
+  }
+}
+
+TEST_CASE("a key of another size is not taken, and a call says what its index lacks", "[faults]") {
+  problem<float> p({.n = 900, .dk = dim, .dv = dim});
+  using codes = vattn::sketch::key_codes<4>;
+  codes narrow(dim / 2), wide(dim * 2), empty;
+  vattn::append_from(narrow, p.cache().head(0, 0));
+  wide.append(std::span<const float>(p.q));
+  empty.append(std::span<const float>(p.q));
+  CHECK(narrow.size() == 0);
+  CHECK(wide.size() == 0);
+  CHECK(empty.size() == 0);
+
+  struct policy : vattn::default_policy {
+    using selector = vattn::select::indexed<codes>;
+    using sampler = vattn::sample::by_importance;
+  };
+  std::vector<float> keys(900 * dim * 2, 0.5f);
+  for (std::size_t i = 0; i < 900; ++i) wide.append(std::span<const float>(keys).subspan(i * dim * 2, dim * 2));
+  REQUIRE(wide.size() == 900);
+  results r(p.s);
+  vattn::workspace memory;
+  for (const codes* of : {&narrow, &wide, &empty}) {
+    const vattn::vattention<policy> attend({.sinks = 16, .window = 16}, {{of, 1}});
+    const vattn::status s = attend(p.query(), p.cache(), p.options, r.view(), memory);
+    CHECK(s.code() == vattn::errc::invalid_argument);
+    CHECK(contains(s.message(), "give one index of the cache's head size"));
+  }
+}
+
+TEST_CASE("a workspace that cannot grow is a status, and nothing else is allocated by a call", "[faults]") {
+  problem<float> p({.heads = 4, .kv_heads = 2, .n = 3000, .dk = dim, .dv = dim});
+  using codes = vattn::sketch::key_codes<4>;
+  std::vector<codes> indices(2, codes(dim));
+  for (index_t h = 0; h < 2; ++h) vattn::append_from(indices[static_cast<std::size_t>(h)], p.cache().head(0, h));
+  struct by_importance : vattn::default_policy {
+    using selector = vattn::select::indexed<codes>;
+    using sampler = vattn::sample::by_importance;
+  };
+  const vattn::config settings{.epsilon = 0.1, .sinks = 16, .window = 16};
+  const std::span<const codes> heads(indices);
+  results r(p.s);
+  const auto view = [&] { return r.view(); };
+  const auto check = [&](auto&& call) {
+    vattn::workspace memory;
+    allocations = 0, fail_at = 1;
+    const vattn::status refused = call(memory);
+    fail_at = -1;
+    CHECK(refused.code() == vattn::errc::out_of_memory);
+    CHECK(contains(refused.message(), "no memory for a workspace of"));
+    CHECK(memory.size() == 0);
+
+    CHECK(call(memory).ok());
+    allocations = 0;
+    const vattn::status again = call(memory);
+    const long during = allocations;
+    CHECK(again.ok());
+    CHECK(during == 0);
+  };
+  check([&](vattn::workspace& memory) {
+    return vattn::exact_attention(p.query(), p.cache(), p.options, view(), memory);
+  });
+  check([&](vattn::workspace& memory) {
+    return vattn::vattention<>(settings)(p.query(), p.cache(), p.options, view(), memory);
+  });
+  check([&](vattn::workspace& memory) {
+    return vattn::vattention<by_importance>(settings, {heads})(p.query(), p.cache(), p.options, view(), memory);
+  });
+  check([&](vattn::workspace& memory) {
+    return vattn::vattention<vattn::certified_policy<codes>>(settings, {heads})(p.query(), p.cache(), p.options, view(),
+                                                                                memory);
+  });
+}

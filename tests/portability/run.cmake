@@ -1,0 +1,11 @@
+# cmake -DCOMPILER= -DFLAGS= -DINCLUDE= -DSYSTEM_INCLUDE= -DSOURCE= -DPROGRAM= -P run.cmake
+include("${CMAKE_CURRENT_LIST_DIR}/../consumer/run.cmake")
+separate_arguments(flags UNIX_COMMAND "${FLAGS}")
+set(includes "-I${INCLUDE}")
+foreach(directory IN LISTS SYSTEM_INCLUDE)
+  string(REGEX REPLACE "^\\$<BUILD_INTERFACE:(.*)>$" "\\1" directory "${directory}")
+  list(APPEND includes -isystem "${directory}")
+endforeach()
+run("${COMPILER}" ${flags} -Wall -Wextra -Wpedantic -Werror -pthread ${includes} "${SOURCE}" -o "${PROGRAM}")
+run("${PROGRAM}")
+message(STATUS "${output}")

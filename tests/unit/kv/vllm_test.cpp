@@ -1,0 +1,195 @@
+// vLLM's block tables in all their layouts: built from known rows, read back, and attended.
+#include "vattn/kv/vllm.hpp"
+
+#include "support/layout.hpp"
+
+namespace {
+
+using namespace vattn;
+using namespace vattn::test;
+
+// A block table of a cache of shuffled blocks; rows are 3 entries longer than what they say, entries past the
+// sequence's end are rubbish.
+struct table {
+  table(const std::vector<std::int32_t>& lengths, index_t block_size) : size(block_size), seq_lens(lengths) {
+    for (const std::int32_t n : lengths) width = std::max<index_t>(width, (n + size - 1) / size);
+    const std::vector<std::int32_t> ids = shuffled_pages(width * static_cast<index_t>(lengths.size()) + 3, 8);
+    count = static_cast<index_t>(ids.size());
+    entries.assign(static_cast<std::size_t>((width + 3) * static_cast<index_t>(lengths.size())), -77);
+    std::size_t next = 0;
+    for (std::size_t b = 0; b < lengths.size(); ++b) {
+      for (index_t i = 0; i < (lengths[b] + size - 1) / size; ++i)
+        entries[b * static_cast<std::size_t>(width + 3) + static_cast<std::size_t>(i)] = ids[next++];
+    }
+  }
+  [[nodiscard]] index_t block(index_t b, index_t token) const {
+    return entries[static_cast<std::size_t>(b * (width + 3) + token / size)];
+  }
+  [[nodiscard]] vllm_blocks view(const shape& s) const {
+    return {.n_blocks = count,
+            .block_size = size,
+            .n_kv_heads = s.kv_heads,
+            .d = s.dk,
+            .n_batch = s.batch,
+            .max_blocks = width,
+            .block_table = entries.data(),
+            .seq_lens = seq_lens.data(),
+            .table_stride = width + 3};
+  }
+
+  index_t size, width = 0, count = 0;
+  std::vector<std::int32_t> seq_lens, entries;
+};
+
+// [2, blocks, block_size, heads, d]
+template <class T>
+std::vector<T> flash_layout(const ragged<T>& r, const table& t) {
+  const index_t d = r.p.s.dk, heads = r.p.s.kv_heads;
+  std::vector<T> to(static_cast<std::size_t>(2 * t.count * t.size * heads * d));
+  r.for_each_row([&](index_t b, index_t h, index_t token) {
+    const index_t row = (t.block(b, token) * t.size + token % t.size) * heads + h;
+    std::copy_n(r.key(b, h, token), d, to.data() + row * d);
+    std::copy_n(r.value(b, h, token), d, to.data() + (t.count * t.size * heads + row) * d);
+  });
+  return to;
+}
+
+// [blocks, heads, block_size, 2d]
+template <class T>
+std::vector<T> fused_layout(const ragged<T>& r, const table& t) {
+  const index_t d = r.p.s.dk, heads = r.p.s.kv_heads;
+  std::vector<T> to(static_cast<std::size_t>(2 * t.count * t.size * heads * d));
+  r.for_each_row([&](index_t b, index_t h, index_t token) {
+    T* row = to.data() + ((t.block(b, token) * heads + h) * t.size + token % t.size) * 2 * d;
+    std::copy_n(r.key(b, h, token), d, row);
+    std::copy_n(r.value(b, h, token), d, row + d);
+  });
+  return to;
+}
+
+// K [blocks, heads, d/x, block_size, x], V [blocks, heads, d, block_size]
+template <class T>
+std::pair<std::vector<T>, std::vector<T>> x_packed_layout(const ragged<T>& r, const table& t) {
+  const index_t d = r.p.s.dk, heads = r.p.s.kv_heads, x = 16 / static_cast<index_t>(sizeof(T));
+  std::vector<T> k(static_cast<std::size_t>(t.count * t.size * heads * d), T(not_a_number)), v = k;
+  r.for_each_row([&](index_t b, index_t h, index_t token) {
+    const index_t head = t.block(b, token) * heads + h, slot = token % t.size;
+    for (index_t j = 0; j < d; ++j) {
+      k[static_cast<std::size_t>(((head * (d / x) + j / x) * t.size + slot) * x + j % x)] = r.key(b, h, token)[j];
+      v[static_cast<std::size_t>((head * d + j) * t.size + slot)] = r.value(b, h, token)[j];
+    }
+  });
+  return {k, v};
+}
+
+}  // namespace
+
+TEST_CASE("vLLM blocks of 1, 16 and 128 with last blocks of every fill", "[kv][vllm]") {
+  for (const index_t size : {1, 16, 128}) {
+    const ragged<float> r({.heads = 2, .kv_heads = 2, .dk = 8, .dv = 8}, every_fill(size));
+    const table t(r.lengths, size);
+    const auto split = flash_layout(r, t), fused = fused_layout(r, t);
+    const auto packed = x_packed_layout(r, t);
+    check_rows(r, vllm_kv(split.data(), t.view(r.p.s)));
+    check_rows(r, vllm_fused_kv(fused.data(), t.view(r.p.s)));
+    check_rows(r, vllm_x_packed_kv(packed.first.data(), packed.second.data(), t.view(r.p.s)));
+  }
+}
+
+TEST_CASE("attention over vLLM's layouts is that over contiguous rows", "[kv][vllm]") {
+  const ragged<Eigen::half> r({.queries = 2, .heads = 6, .kv_heads = 2, .dk = 24, .dv = 24}, {400, 0, 17, 640});
+  for (const index_t size : {16, 20}) {
+    const table t(r.lengths, size);
+    const auto split = flash_layout(r, t), fused = fused_layout(r, t);
+    check_attention(r, vllm_kv(split.data(), t.view(r.p.s)));
+    check_attention(r, vllm_fused_kv(fused.data(), t.view(r.p.s)));
+    const auto packed = x_packed_layout(r, t);
+    check_attention(r, vllm_x_packed_kv(packed.first.data(), packed.second.data(), t.view(r.p.s)), 1e-4);
+  }
+}
+
+TEST_CASE("vLLM's fused layout in a buffer whose blocks are token-major and padded", "[kv][vllm]") {
+  // Logical [blocks, heads, block_size, 2d], memory [blocks, block_size, heads, 2d + 2].
+  const ragged<float> r({.heads = 2, .kv_heads = 2, .dk = 6, .dv = 6}, {40, 3});
+  const table t(r.lengths, 16);
+  constexpr index_t row = 14;
+  std::vector<float> buffer(static_cast<std::size_t>(t.count * 16 * 2 * row), not_a_number);
+  r.for_each_row([&](index_t b, index_t h, index_t token) {
+    float* at = buffer.data() + ((t.block(b, token) * 16 + token % 16) * 2 + h) * row;
+    std::copy_n(r.key(b, h, token), 6, at);
+    std::copy_n(r.value(b, h, token), 6, at + 6);
+  });
+  check_rows(
+      r, vllm_fused_kv(buffer.data(), t.view(r.p.s), {.page = 16 * 2 * row * 4, .cell = 2 * row * 4, .head = row * 4}));
+}
+
+TEST_CASE("vLLM's fp8 caches with k_scale and v_scale", "[kv][vllm]") {
+  // Every byte that is a number, twice over; the known rows are what the format says of them.
+  ragged<float> r({.heads = 2, .kv_heads = 2, .dk = 16, .dv = 16}, {900, 7});
+  const table t(r.lengths, 16);
+  constexpr float k_scale = 0.01f, v_scale = 0.5f;
+  const index_t half = t.count * t.size * 2 * 16;
+  std::vector<kernel::e4m3> bytes(static_cast<std::size_t>(2 * half));
+  std::uint8_t next = 0;
+  const auto draw = [&](float scale, float& known) {
+    do {
+      next = static_cast<std::uint8_t>(next * 5 + 3);
+    } while ((next & 0x7f) > 0x50);  // up to 16
+    known = scale * kernel::e4m3_to_float(next);
+    return kernel::e4m3{next};
+  };
+  r.for_each_row([&](index_t b, index_t h, index_t token) {
+    const index_t row = ((t.block(b, token) * t.size + token % t.size) * 2 + h) * 16;
+    const index_t known = ((b * 2 + h) * r.p.s.n + token) * 16;
+    for (index_t j = 0; j < 16; ++j) {
+      bytes[static_cast<std::size_t>(row + j)] = draw(k_scale, r.p.k[static_cast<std::size_t>(known + j)]);
+      bytes[static_cast<std::size_t>(half + row + j)] = draw(v_scale, r.p.v[static_cast<std::size_t>(known + j)]);
+    }
+  });
+  const auto view = vllm_kv(bytes.data(), t.view(r.p.s), {.k = k_scale, .v = v_scale});
+  check_rows(r, view);
+  check_attention(r, view, 1e-4);
+}
+
+TEST_CASE("block tables that cannot be meant say why", "[kv][vllm]") {
+  const std::vector<float> rows(2 * 4 * 16 * 2 * 8, 1.0f);
+  std::int32_t entries[] = {3, 0, 1, 99}, seq_lens[] = {32, 10};
+  vllm_blocks b{.n_blocks = 4,
+                .block_size = 16,
+                .n_kv_heads = 2,
+                .d = 8,
+                .n_batch = 2,
+                .max_blocks = 2,
+                .block_table = entries,
+                .seq_lens = seq_lens};
+  const auto why = [&] {
+    const status s = vllm_kv(rows.data(), b).validate();
+    CHECK(s.code() == errc::invalid_argument);
+    return std::string(s.message());
+  };
+  REQUIRE(vllm_kv(rows.data(), b).validate().ok());  // the 99 is past its sequence's end
+
+  SECTION("lengths") {
+    seq_lens[0] = 33;
+    CHECK(contains(why(), "sequence 0 has seq_len 33, but its row of the block table holds 2 blocks of 16"));
+    seq_lens[0] = -1;
+    CHECK(contains(why(), "sequence 0 has seq_len -1"));
+    seq_lens[0] = 32, seq_lens[1] = 17;
+    CHECK(contains(why(), "page 1 of sequence 1 is page id 99"));
+  }
+  SECTION("tables") {
+    b.table_stride = 1;
+    CHECK(contains(why(), "rows 1 entries apart"));
+    b.table_stride = 0, b.block_table = nullptr;
+    CHECK(contains(why(), "the block table is null"));
+    b.seq_lens = nullptr;
+    CHECK(contains(why(), "seq_lens is null"));
+    b.block_size = -16;
+    CHECK(contains(why(), "4 pages of -16"));
+  }
+  SECTION("head sizes that x does not divide") {
+    b.d = 6;
+    CHECK(contains(vllm_x_packed_kv(rows.data(), rows.data(), b).validate().message(),
+                   "K has rows of 6 elements, no multiple of 4"));
+  }
+}

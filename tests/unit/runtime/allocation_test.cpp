@@ -1,0 +1,127 @@
+// No allocation on the decode path: after a first call of the same shape, none of the calls below asks for memory.
+#include <atomic>
+#include <cstdlib>
+#include <new>
+#include <vattn/runtime/thread_pool.hpp>
+#include <vattn/sketch/codes.hpp>
+#include <vector>
+
+#include "support/catch.hpp"
+#include "support/problem.hpp"
+
+namespace {
+std::atomic<long> allocations{0};
+
+void* counted(std::size_t size, std::size_t alignment = alignof(std::max_align_t)) noexcept {
+  ++allocations;
+  return std::aligned_alloc(alignment, (size + alignment - 1) / alignment * alignment);
+}
+void* must(void* p) {
+  if (p == nullptr) std::abort();
+  return p;
+}
+}  // namespace
+
+void* operator new(std::size_t n) { return must(counted(n)); }
+void* operator new[](std::size_t n) { return must(counted(n)); }
+void* operator new(std::size_t n, std::align_val_t a) { return must(counted(n, static_cast<std::size_t>(a))); }
+void* operator new[](std::size_t n, std::align_val_t a) { return must(counted(n, static_cast<std::size_t>(a))); }
+void* operator new(std::size_t n, const std::nothrow_t&) noexcept { return counted(n); }
+void* operator new[](std::size_t n, const std::nothrow_t&) noexcept { return counted(n); }
+void* operator new(std::size_t n, std::align_val_t a, const std::nothrow_t&) noexcept {
+  return counted(n, static_cast<std::size_t>(a));
+}
+void operator delete(void* p) noexcept { std::free(p); }
+void operator delete[](void* p) noexcept { std::free(p); }
+void operator delete(void* p, std::size_t) noexcept { std::free(p); }
+void operator delete[](void* p, std::size_t) noexcept { std::free(p); }
+void operator delete(void* p, std::align_val_t) noexcept { std::free(p); }
+void operator delete[](void* p, std::align_val_t) noexcept { std::free(p); }
+void operator delete(void* p, std::size_t, std::align_val_t) noexcept { std::free(p); }
+void operator delete[](void* p, std::size_t, std::align_val_t) noexcept { std::free(p); }
+
+namespace {
+
+using namespace vattn;
+
+using test_problem = test::problem<Eigen::bfloat16>;
+
+template <class Call>
+void check_silent(Call&& call) {
+  REQUIRE(call().ok());
+  const long before = allocations;
+  bool ok = true;
+  for (int step = 0; step < 3; ++step) ok = call().ok() && ok;
+  const long after = allocations;
+  CHECK(ok);
+  CHECK(after == before);
+}
+
+template <class Selector, class Sampler, class Bound = budget::clt, class Target = budget::output>
+struct policy : default_policy {
+  using selector = Selector;
+  using sampler = Sampler;
+  using bound = Bound;
+  using target = Target;
+};
+
+template <class Policy>
+void check_policy(const test_problem& p, const typename Policy::selector& selector = {}) {
+  config c;
+  c.sinks = c.window = 16;
+  c.epsilon = 0.2;
+  const vattention<Policy> attend(c, selector);
+  test::results r(p.s);
+  workspace memory;
+  thread_pool pool(2);
+  check_silent([&] { return attend(p.query(), p.cache(), p.options, r.view(), memory, {.seed = 3}); });
+  check_silent([&] { return attend(p.query(), p.cache(), p.options, r.view(), memory, {.seed = 3}, pool); });
+  // And none at all over the caller's memory of the size that is asked for.
+  std::vector<std::byte> bytes(attend.workspace_bytes(p.s.n, p.s.dk, p.s.dv));
+  workspace fixed(bytes);
+  const long before = allocations;
+  const bool ok = attend(p.query(), p.cache(), p.options, r.view(), fixed, {.seed = 3}).ok();
+  const long after = allocations;
+  CHECK(ok);
+  CHECK(after == before);
+}
+
+}  // namespace
+
+TEST_CASE("the counter counts", "[runtime][allocation]") {
+  const long before = allocations;
+  const std::vector<int> some(test::opaque(std::size_t{10}));
+  CHECK(allocations > before);
+  CHECK(some.size() == 10);
+}
+
+TEST_CASE("exact attention allocates nothing", "[runtime][allocation]") {
+  test_problem p({.queries = 2, .heads = 4, .kv_heads = 2, .n = 9000, .dk = 32, .dv = 32}, 7);
+  test::results r(p.s);
+  workspace memory;
+  thread_pool pool(2);
+  check_silent([&] { return exact_attention(p.query(), p.cache(), p.options, r.view(), memory); });
+  check_silent([&] { return exact_attention(p.query(), p.cache(), p.options, r.view(), memory, pool); });
+  p.set_mask(std::vector<float>(static_cast<std::size_t>(2 * 4 * 9000), 0.5f));
+  p.options.softcap = 4;
+  check_silent([&] { return exact_attention(p.query(), p.cache(), p.options, r.view(), memory); });
+}
+
+TEST_CASE("no policy allocates", "[runtime][allocation]") {
+  const test_problem p({.heads = 2, .n = 6000, .dk = 32, .dv = 32}, 31, 1.5f);
+  check_policy<default_policy>(p);
+  check_policy<verified_denominator>(p);
+  check_policy<verified_numerator>(p);
+  check_policy<verified_sdpa>(p);
+  using sample::uniform_with_replacement;
+  check_policy<policy<select::top_p<>, uniform_with_replacement, budget::bernstein>>(p);
+
+  using codes = sketch::key_codes<4>;
+  std::vector<codes> fine(1, codes(32, 1)), coarse(1, codes(32, 2));
+  fine[0].append_from(p.cache().head(0, 0));
+  coarse[0].append_from(p.cache().head(0, 0));
+  check_policy<policy<select::indexed<codes>, sample::by_importance>>(p, {.heads = fine});
+  check_policy<policy<select::indexed<codes>, sample::by_group_importance>>(p, {.heads = fine});
+  check_policy<certified_policy<codes>>(p, {{.heads = fine}});
+  check_policy<policy<select::two_phase<codes, codes>, sample::in_two_phases>>(p, {.coarse = {.heads = coarse}, .fine = {.heads = fine}});
+}
