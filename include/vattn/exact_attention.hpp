@@ -31,10 +31,9 @@ status exact_attention(const tensor_view<const Q, 4>& q, const KV& cache, const 
     if (!options.positions && !result.decisions.tokens)
       return dense_call<Q, KV, head>(q, cache, options, result).run(memory, exec);
   }
-  return for_each_query(
-      q, cache, options, result, memory, {}, exec, {},
-      [](const auto& row, const population& tokens, const random_stream&, scratch& s, softmax_state& state,
-         certificate& c) { return attend_exactly(row, tokens, s, state, c); });
+  return for_each_query(q, cache, options, result, memory, {}, exec, {},
+                        [](const auto& row, const population& tokens, const random_stream&, scratch& s,
+                           softmax_state& state, certificate& c) { return attend_exactly(row, tokens, s, state, c); });
 }
 
 }  // namespace vattn
