@@ -32,6 +32,12 @@ struct certified_policy : default_policy {
   using bound = budget::bernstein;
 };
 
+/// The fast one: a shuffled_store's own codes and order instead of a selector (store_attention.hpp).
+struct store_policy : default_policy {
+  using selector = select::none;
+  using sampler = sample::from_store;
+};
+
 /// The paper's algorithm: ranking by logits, pilot, one budget from the pilot.
 template <class Target>
 struct published_policy : default_policy {
@@ -70,10 +76,19 @@ template <class P>
 concept samples_by_hard_bounds = importance_sampler<typename P::sampler> && scores_bound_logits<typename P::selector> &&
                                  P::bound::kind == guarantee::finite_sample&& P::target::kind == target_kind::output;
 
+/// From a shuffled_store, whose codes take the selector's place.
 template <class P>
-concept attention_policy = (samples_uniformly<P> || samples_by_importance<P> || samples_by_hard_bounds<P>)&&bound<
-    typename P::bound>&& target_for<typename P::target, typename P::bound>&& selector_for<typename P::selector,
-                                                                                          query_row<detail::any_head>>;
+concept samples_from_store = requires {
+  requires P::sampler::is_store;
+}
+&&P::bound::kind == guarantee::asymptotic&& P::target::kind == target_kind::output;
+
+template <class P>
+concept attention_policy =
+    (samples_from_store<P> || samples_uniformly<P> || samples_by_importance<P> || samples_by_hard_bounds<P>)&&bound<
+        typename P::bound>&& target_for<typename P::target,
+                                        typename P::bound>&& selector_for<typename P::selector,
+                                                                          query_row<detail::any_head>>;
 
 /// Configurations of the paper's experiments (section 5 and appendix of arXiv 2510.05688): sinks 128,
 /// window 128, heavy share and base rate in the ranges it gives, ε = δ. Use with verified_denominator,

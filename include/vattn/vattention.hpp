@@ -9,6 +9,7 @@
 #include "vattn/exact_attention.hpp"
 #include "vattn/importance_attention.hpp"
 #include "vattn/policy.hpp"
+#include "vattn/store_attention.hpp"
 #include "vattn/two_phase_attention.hpp"
 
 namespace vattn {
@@ -59,6 +60,11 @@ class vattention {
       each.settings_.delta /= static_cast<double>(
           std::max<index_t>(1, result.output.extents[0] * result.output.extents[1] * result.output.extents[2]));
     scratch::sparse_sizes sparse = sizes(longest(cache), cache.dv());
+    if constexpr (from_store) {
+      if (status s = check_store_call(q, cache, options); !s) return s;
+      using head = std::remove_cvref_t<decltype(cache.head(0, 0))>;
+      sparse.group_bytes = store_bytes<head>(longest(cache), max_group, cache.dk(), cache.dv());
+    }
     sparse.shared = std::clamp<index_t>(q.extents[2] / cache.n_kv_heads(), 1, sparse.shared);
     return for_each_group(q, cache, options, result, memory, key, exec, sparse, [&](auto& heads) {
       each.attend(heads);
@@ -70,11 +76,12 @@ class vattention {
   // The heads of a group, together where one sample serves them all; else this is called with one at a time.
   template <kv_head Head>
   void attend(head_group<Head>& heads) const noexcept {
-    bool sparse = false;
+    bool sparse = from_store;
     for (index_t g = 0; g < heads.size(); ++g) {
       head_task<Head>& task = heads[g];
       certificate& c = task.c;
       c.epsilon = settings_.epsilon, c.delta = settings_.delta, c.scale = settings_.scale, c.target = target::kind;
+      if constexpr (from_store) continue;
       if (settings_.sinks + settings_.window + settings_.min_sample >= max_rows(c.n)) {
         task.ok = task.ok && attend_exactly(task.row, task.tokens, task.s, task.state, c);
       } else {
@@ -82,7 +89,9 @@ class vattention {
       }
     }
     if (!sparse) return;
-    if constexpr (!importance_sampler<sampler>) {
+    if constexpr (from_store) {
+      attend_from_store<bound>(heads, settings_);
+    } else if constexpr (!importance_sampler<sampler>) {
       head_task<Head>& task = heads[0];
       task.ok = task.ok && attend_uniformly(task.row, task.tokens, task.stream, task.s, task.state, task.c);
     } else if constexpr (bound::kind == guarantee::finite_sample) {
@@ -203,6 +212,7 @@ class vattention {
   }
 
   static constexpr bool shares_sample = requires { requires sampler::shared; };
+  static constexpr bool from_store = samples_from_store<Policy>;
   static constexpr bool two_phases = requires { requires sampler::two_phases; };
 
   [[nodiscard]] scratch::sparse_sizes sizes(index_t n, index_t dv) const noexcept {
@@ -210,7 +220,9 @@ class vattention {
     scratch::sparse_sizes sizes{.selector = selector_scratch(selector_), .sampled = true};
     sizes.sinks = settings_.sinks, sizes.window = settings_.window;
     sizes.errors = importance_sampler<sampler> || requires { requires selector::wants_errors; };
-    if constexpr (importance_sampler<sampler>) {
+    if constexpr (from_store) {
+      return {.shared = max_group};
+    } else if constexpr (importance_sampler<sampler>) {
       sizes.weighted = most;
       if constexpr (two_phases) sizes.candidates = most;
       if constexpr (shares_sample) sizes.shared = max_shared;

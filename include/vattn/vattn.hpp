@@ -33,6 +33,8 @@
 #include "vattn/policy.hpp"             // the slots, and the paper's presets
 #include "vattn/exact_attention.hpp"    // every row
 #include "vattn/importance_attention.hpp"  // rows by importance
+#include "vattn/kv/store.hpp"           // a cache made to be sampled
+#include "vattn/store_attention.hpp"    // and verified decode from it
 #include "vattn/vattention.hpp"         // the rows that are needed
 #include "vattn/runtime/plan.hpp"       // planned once, run by an engine's own threads
 #include "vattn/runtime/audit.hpp"      // whether the promise holds where it is used

@@ -62,7 +62,8 @@ struct scratch {
     bool errors = false;     // scores come with error scales
     std::size_t matrix = 0;  // dv², twice, where a second moment is kept whole
     index_t sinks = 0, window = 0;
-    index_t shared = 1;  // heads of a group that are attended together, at most max_shared
+    index_t shared = 1;           // heads of a group that are attended together, at most max_shared
+    std::size_t group_bytes = 0;  // of memory for a group together
   };
 
   [[nodiscard]] static scratch take(arena& a, index_t n, index_t dk, index_t dv, bool masked,
@@ -254,6 +255,7 @@ class head_group {
   void push(head_task<Head>&& task) noexcept { tasks_[static_cast<std::size_t>(size_++)].emplace(std::move(task)); }
   [[nodiscard]] index_t size() const noexcept { return size_; }
   [[nodiscard]] head_task<Head>& operator[](index_t g) noexcept { return *tasks_[static_cast<std::size_t>(g)]; }
+  std::span<std::byte> memory{};  ///< sparse_sizes::group_bytes
 
  private:
   std::array<std::optional<head_task<Head>>, static_cast<std::size_t>(max_shared)> tasks_{};
@@ -272,6 +274,7 @@ struct unobserved {
   arena count;
   for (index_t w = 0; w < workers * sparse.shared; ++w)
     static_cast<void>(scratch::take(count, n, dk, dv, masked, sparse));
+  for (index_t w = 0; w < workers; ++w) static_cast<void>(count.take<std::byte>(sparse.group_bytes));
   return count.used() + workspace::alignment;
 }
 
@@ -319,6 +322,7 @@ template <class Q, kv_cache KV, executor E, class Attend>
     using head_type = std::remove_cvref_t<decltype(head)>;
     const index_t n = head.size();
     head_group<head_type> together;
+    together.memory = a.take<std::byte>(sparse.group_bytes);
     for (index_t h = first_head; h < first_head + heads; ++h) {
       scratch s = scratch::take(a, n_max, dk, dv, masked, sparse);
       s.chosen = result.decisions.at(b, t, h);

@@ -37,6 +37,11 @@ struct by_group_importance : by_importance {
   static constexpr bool shared = true;
 };
 
+/// Picks by the codes of a shuffled_store, and a slice of it (store_attention.hpp).
+struct from_store {
+  static constexpr bool is_store = true;
+};
+
 /// Permanent numbers u_i, a pure function of the stream, [first, last) of `numbers`.
 inline void draw_numbers(std::span<float> numbers, index_t first, index_t last, random_stream stream) noexcept {
   for (index_t i = first; i < last; ++i) {

@@ -1,6 +1,7 @@
 // A fixed random rotation in O(D log D): spreads every key's energy evenly over the coordinates.
 #pragma once
 
+#include <Eigen/Core>
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -33,14 +34,28 @@ class random_rotation {
       random_stream signs({.seed = seed_, .layer = purpose}, round);
       for (std::size_t j = 0; j < width_; j += 32) {
         const std::uint32_t bits = signs.next();
-        for (std::size_t i = j; i < std::min(j + 32, width_); ++i) x[i] = bits >> (i - j) & 1 ? -x[i] : x[i];
+        for (std::size_t i = j; i < std::min(j + 32, width_); ++i) {
+          const std::uint32_t sign = (bits >> (i - j)) << 31;
+          x[i] = std::bit_cast<float>(std::bit_cast<std::uint32_t>(x[i]) ^ sign);
+        }
       }
-      for (std::size_t half = 1; half < width_; half *= 2) {
+      for (std::size_t half = 1; half < 4; half *= 2) {
         for (std::size_t j = 0; j < width_; j += 2 * half) {
           for (std::size_t i = j; i < j + half; ++i) {
             const float a = x[i], b = x[i + half];
             x[i] = a + b;
             x[i + half] = a - b;
+          }
+        }
+      }
+      for (std::size_t half = 4; half < width_; half *= 2) {
+        for (std::size_t j = 0; j < width_; j += 2 * half) {
+          for (std::size_t i = j; i < j + half; i += 4) {
+            using four = Eigen::Array4f;
+            Eigen::Map<four> low(&x[i]), high(&x[i + half]);
+            const four a = low, b = high;
+            low = a + b;
+            high = a - b;
           }
         }
       }

@@ -1,0 +1,343 @@
+// The scan of key codes: scores of 64 keys for the heads of a group, and which of the keys to take.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "vattn/kernel/isa.hpp"
+#include "vattn/sample/philox.hpp"
+
+#if VATTN_DISPATCH
+#include <immintrin.h>
+#endif
+
+namespace vattn::kernel {
+
+inline constexpr index_t scan_keys = 64;  ///< keys of a block
+inline constexpr int scan_heads = 8;      ///< query heads that one scan serves, at most
+
+/// Blocks of codes; sketch/block_codes.hpp has the format.
+struct code_blocks {
+  const std::byte* first = nullptr;
+  std::size_t stride = 0;  ///< bytes from block to block
+  int planes = 0, groups = 0;
+};
+
+// Everything that the scan adds is an integer number of steps: `step` nats, one for all heads.
+//   score_h = round(α·(16·Σ_g table_h[g][code_g] + bias_h))      s in steps
+//   level   = max_h (score_h − threshold_h(block)) + max(reach, least_reach), at least 0 where
+//             score_h + max(reach, least_reach) >= certain_h(block): the largest log inclusion probability that a head
+//             gives the key, cut at ±2^15 steps
+//   taken   ⟺ level + noise >= 0 and level >= cut, noise = −ln u in steps, u the key's number of this call
+//   threshold_h(block) = min(plain_h, floor_h − slack_h·ρ(block)),   certain_h(block) = floor_h − sure_h·ρ(block)
+// so that a key's probability is π = min(1, e^{level·step}) exactly: see `inclusion`.
+
+/// What a scan asks. Spans are the caller's.
+struct scan_query {
+  const std::uint8_t* tables = nullptr;  ///< [heads][groups][64], each at most 63
+  int heads = 0;
+  std::array<std::int16_t, scan_heads> bias{};
+  std::array<float, scan_heads> plain{}, floor{}, slack{}, sure{};  ///< steps; the last two a unit of ρ
+  std::int16_t noise_factor = 0, reach_factor = 0;                  ///< 2^15·steps a unit of 1/1024 and 1/512 nat
+  std::int16_t least_reach = 0;                                     ///< steps
+  std::int16_t cut = 0;                                             ///< steps, <= 0
+  std::uint64_t numbers = 0;                                        ///< names the call's numbers u
+
+  /// Step that `noise_factor` and `reach_factor` allow, nats.
+  static constexpr float smallest_step = 1.0f / 256;
+};
+
+/// A key that was taken.
+struct scan_pick {
+  std::uint32_t row;
+  std::int16_t level, reach;  ///< steps; as in the block
+  std::uint16_t radius;       ///< as in the block
+  std::array<std::int16_t, scan_heads> score;
+};
+
+namespace detail {
+
+/// −ln u in 1/1024 nat, rounded down, for each u = (k + ½)/2^16 once, in random order. A block's numbers are 64
+/// consecutive ones from a place that is random for the block and call, so over calls each key sees each equally often.
+struct noise_table {
+  static constexpr std::uint32_t size = 1u << 16;
+  std::array<std::int16_t, size + scan_keys> value;
+  noise_table() noexcept {
+    for (std::uint32_t k = 0; k < size; ++k)
+      value[k] = static_cast<std::int16_t>(-1024 * std::log((static_cast<double>(k) + 0.5) / size));
+    random_stream random({.seed = 0x6e6f697365}, 0);
+    for (std::uint32_t k = size; k > 1; --k) std::swap(value[k - 1], value[random.below(k)]);
+    std::copy_n(value.begin(), scan_keys, value.begin() + size);
+  }
+};
+[[nodiscard]] inline const std::int16_t* noise() noexcept {
+  static const noise_table table;
+  return table.value.data();
+}
+[[nodiscard]] inline std::uint32_t noise_place(std::uint64_t numbers, index_t block) noexcept {
+  std::uint64_t x = numbers + static_cast<std::uint64_t>(block) * 0x9E3779B97F4A7C15u;  // splitmix64
+  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+  x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+  return static_cast<std::uint32_t>((x ^ (x >> 31)) >> 48);
+}
+
+[[nodiscard]] inline std::int16_t saturate(int x) noexcept {
+  return static_cast<std::int16_t>(std::clamp(x, -32768, 32767));
+}
+// What vpmulhrsw computes.
+[[nodiscard]] inline int multiply_round(int a, int b) noexcept { return (a * b + 16384) >> 15; }
+
+inline void block_thresholds(const scan_query& q, float radius, std::int16_t* out, std::int16_t* certain) noexcept {
+  const auto whole = [](float t) {  // towards zero, without a call of floor(): what is stated is what is drawn with
+    return static_cast<std::int16_t>(std::max(-32767.0f, std::min(32767.0f, t)));
+  };
+  for (int h = 0; h < q.heads; ++h) {
+    const auto i = static_cast<std::size_t>(h);
+    out[h] = whole(std::min(q.plain[i], q.floor[i] - q.slack[i] * radius));
+    certain[h] = whole(q.floor[i] - q.sure[i] * radius);
+  }
+}
+
+struct scanned_block {
+  alignas(64) std::int16_t score[scan_heads][scan_keys];  // lane order
+  alignas(64) std::int16_t level[scan_keys];
+  std::uint32_t even = 0, odd = 0;  // taken
+};
+
+[[nodiscard]] inline float block_radius(const code_blocks& codes, const std::byte* at) noexcept {
+  float r;
+  std::memcpy(&r, at + static_cast<std::size_t>(codes.planes) * scan_keys + 6 * scan_keys, sizeof r);
+  return r;
+}
+
+inline void scan_block_portable(const scan_query& q, const code_blocks& codes, index_t block,
+                                scanned_block& out) noexcept {
+  const std::byte* at = codes.first + static_cast<std::size_t>(block) * codes.stride;
+  const auto* planes = reinterpret_cast<const std::uint8_t*>(at);
+  const auto* lanes = reinterpret_cast<const std::int16_t*>(at + static_cast<std::size_t>(codes.planes) * scan_keys);
+  const std::int16_t* numbers = noise() + noise_place(q.numbers, block);
+  std::int16_t threshold[scan_heads], certain[scan_heads];
+  block_thresholds(q, block_radius(codes, at), threshold, certain);
+  out.even = out.odd = 0;
+  for (int lane = 0; lane < scan_keys; ++lane) {
+    const int key = lane < 32 ? 2 * lane : 2 * (lane - 32) + 1;
+    std::array<int, scan_heads> sum{};
+    for (int g = 0; g < codes.groups; ++g) {
+      const auto plane = [&](int p) { return static_cast<unsigned>(planes[p * scan_keys + key]); };
+      const int e = 3 * (g - codes.planes);
+      const unsigned number =
+          g < codes.planes ? plane(g) & 63u : plane(e) >> 6 | (plane(e + 1) >> 6) << 2 | (plane(e + 2) >> 6) << 4;
+      const std::uint8_t* table = q.tables + g * 64 + static_cast<int>(number);
+      for (int h = 0; h < q.heads; ++h) sum[static_cast<std::size_t>(h)] += table[h * codes.groups * 64];
+    }
+    const int reach = std::max(multiply_round(lanes[scan_keys + lane], q.reach_factor), int{q.least_reach});
+    int level = -32768;
+    bool sure = false;
+    for (int h = 0; h < q.heads; ++h) {
+      const auto i = static_cast<std::size_t>(h);
+      const int raw = saturate(16 * sum[i] + q.bias[i]);
+      out.score[h][lane] = static_cast<std::int16_t>(multiply_round(raw, lanes[lane]));
+      level = std::max<int>(level, saturate(out.score[h][lane] - threshold[h]));
+      sure |= saturate(out.score[h][lane] + reach) >= certain[h];
+    }
+    level = saturate(level + reach);
+    if (sure) level = std::max(level, 0);
+    out.level[lane] = static_cast<std::int16_t>(level);
+    const int noise = multiply_round(numbers[lane], q.noise_factor);
+    const std::uint32_t take = saturate(level + noise) >= 0 && level >= q.cut ? 1u : 0u;
+    (lane < 32 ? out.even : out.odd) |= take << (lane & 31);
+  }
+}
+
+// Sums stay in registers only if their loops are gone, at -O2 too.
+#if defined(__clang__)
+#define VATTN_SCAN_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define VATTN_SCAN_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+#if VATTN_DISPATCH
+#define VATTN_SCAN VATTN_TARGET_AVX512_BF16
+
+#define VATTN_SCAN_INLINE VATTN_SCAN __attribute__((always_inline)) inline
+VATTN_SCAN_INLINE __m512i load(const void* p) noexcept { return _mm512_loadu_si512(p); }
+
+VATTN_SCAN_INLINE std::uint32_t taken(const scan_query& q, __m512i level, const std::int16_t* numbers) noexcept {
+  const __m512i noise = _mm512_mulhrs_epi16(load(numbers), _mm512_set1_epi16(q.noise_factor));
+  return _mm512_cmpge_epi16_mask(_mm512_adds_epi16(level, noise), _mm512_setzero_si512()) &
+         _mm512_cmpge_epi16_mask(level, _mm512_set1_epi16(q.cut));
+}
+
+// Numbers of group planes + e, from bits 6 and 7 of three planes.
+VATTN_SCAN_INLINE __m512i spread_number(const std::byte* planes, int e) noexcept {
+  const std::byte* p = planes + 3 * e * scan_keys;
+  const __m512i a = _mm512_and_si512(_mm512_srli_epi16(load(p), 6), _mm512_set1_epi8(0x03));
+  const __m512i b = _mm512_and_si512(_mm512_srli_epi16(load(p + scan_keys), 4), _mm512_set1_epi8(0x0c));
+  const __m512i c = _mm512_and_si512(_mm512_srli_epi16(load(p + 2 * scan_keys), 2), _mm512_set1_epi8(0x30));
+  return _mm512_or_si512(a, _mm512_or_si512(b, c));
+}
+
+// Adds the table entries of N groups, at most four of at most 63 each, so that their sum fits a byte.
+template <int H, int N, bool Spread>
+VATTN_SCAN_INLINE void add_groups(const std::byte* planes, const std::uint8_t* table, std::size_t table_stride,
+                                  int first, __m512i* even, __m512i* odd) noexcept {
+  constexpr __mmask64 all = ~__mmask64{0};
+  __m512i sum[std::size_t{H}];
+  VATTN_SCAN_UNROLL for (int i = 0; i < N; ++i) {
+    // vpermb takes no notice of bits 6 and 7.
+    const __m512i number = Spread ? spread_number(planes, first + i) : load(planes + (first + i) * scan_keys);
+    VATTN_SCAN_UNROLL for (int h = 0; h < H; ++h) {
+      // The zero-masked form: GCC 12 takes the plain one for a use of what is not initialised.
+      const __m512i entry =
+          _mm512_maskz_permutexvar_epi8(all, number, load(table + static_cast<std::size_t>(h) * table_stride + i * 64));
+      sum[h] = i == 0 ? entry : _mm512_add_epi8(sum[h], entry);
+    }
+  }
+  VATTN_SCAN_UNROLL for (int h = 0; h < H; ++h) {
+    even[h] = _mm512_add_epi16(even[h], _mm512_and_si512(sum[h], _mm512_set1_epi16(0xff)));
+    odd[h] = _mm512_add_epi16(odd[h], _mm512_srli_epi16(sum[h], 8));
+  }
+}
+
+template <int H>
+VATTN_SCAN inline void scan_block_avx512(const scan_query& q, const code_blocks& codes, index_t block,
+                                         scanned_block& out) noexcept {
+  const std::byte* at = codes.first + static_cast<std::size_t>(block) * codes.stride;
+  const std::byte* lanes = at + static_cast<std::size_t>(codes.planes) * scan_keys;
+  std::int16_t threshold[scan_heads], certain[scan_heads];
+  block_thresholds(q, block_radius(codes, at), threshold, certain);
+
+  __m512i even[std::size_t{H}], odd[std::size_t{H}];
+  VATTN_SCAN_UNROLL for (int h = 0; h < H; ++h) even[h] = odd[h] = _mm512_setzero_si512();
+  const std::size_t stride = static_cast<std::size_t>(codes.groups) * 64;
+  int g = 0;
+  for (; g + 4 <= codes.planes; g += 4) add_groups<H, 4, false>(at, q.tables + g * 64, stride, g, even, odd);
+  for (; g < codes.planes; ++g) add_groups<H, 1, false>(at, q.tables + g * 64, stride, g, even, odd);
+  for (; g + 2 <= codes.groups; g += 2)
+    add_groups<H, 2, true>(at, q.tables + g * 64, stride, g - codes.planes, even, odd);
+  for (; g < codes.groups; ++g) add_groups<H, 1, true>(at, q.tables + g * 64, stride, g - codes.planes, even, odd);
+
+  const __m512i alpha_even = load(lanes), alpha_odd = load(lanes + 64);
+  const __m512i reach = _mm512_set1_epi16(q.reach_factor), least = _mm512_set1_epi16(q.least_reach);
+  const __m512i reach_even = _mm512_max_epi16(_mm512_mulhrs_epi16(load(lanes + 128), reach), least);
+  const __m512i reach_odd = _mm512_max_epi16(_mm512_mulhrs_epi16(load(lanes + 192), reach), least);
+  __m512i level_even = _mm512_set1_epi16(-32768), level_odd = level_even;
+  __mmask32 sure_even = 0, sure_odd = 0;
+  VATTN_SCAN_UNROLL for (int h = 0; h < H; ++h) {
+    const __m512i bias = _mm512_set1_epi16(q.bias[static_cast<std::size_t>(h)]);
+    const __m512i t = _mm512_set1_epi16(threshold[h]), c = _mm512_set1_epi16(certain[h]);
+    even[h] = _mm512_mulhrs_epi16(_mm512_adds_epi16(_mm512_slli_epi16(even[h], 4), bias), alpha_even);
+    odd[h] = _mm512_mulhrs_epi16(_mm512_adds_epi16(_mm512_slli_epi16(odd[h], 4), bias), alpha_odd);
+    level_even = _mm512_max_epi16(level_even, _mm512_subs_epi16(even[h], t));
+    level_odd = _mm512_max_epi16(level_odd, _mm512_subs_epi16(odd[h], t));
+    sure_even |= _mm512_cmpge_epi16_mask(_mm512_adds_epi16(even[h], reach_even), c);
+    sure_odd |= _mm512_cmpge_epi16_mask(_mm512_adds_epi16(odd[h], reach_odd), c);
+  }
+  const __m512i zero = _mm512_setzero_si512();
+  level_even = _mm512_adds_epi16(level_even, reach_even);
+  level_odd = _mm512_adds_epi16(level_odd, reach_odd);
+  level_even = _mm512_mask_max_epi16(level_even, sure_even, level_even, zero);
+  level_odd = _mm512_mask_max_epi16(level_odd, sure_odd, level_odd, zero);
+  const std::int16_t* numbers = noise() + noise_place(q.numbers, block);
+  out.even = taken(q, level_even, numbers);
+  out.odd = taken(q, level_odd, numbers + 32);
+  VATTN_SCAN_UNROLL for (int h = 0; h < H; ++h) {
+    _mm512_store_si512(out.score[h], even[h]);
+    _mm512_store_si512(out.score[h] + 32, odd[h]);
+  }
+  _mm512_store_si512(out.level, level_even);
+  _mm512_store_si512(out.level + 32, level_odd);
+}
+#undef VATTN_SCAN
+#undef VATTN_SCAN_INLINE
+#endif
+#undef VATTN_SCAN_UNROLL
+
+using scan_function = void (*)(const scan_query&, const code_blocks&, index_t, scanned_block&) noexcept;
+
+[[nodiscard]] inline scan_function scan_for(isa how, int heads) noexcept {
+#if VATTN_DISPATCH
+  if (how >= isa::avx512_bf16) {
+    switch (heads) {
+      case 1:
+        return scan_block_avx512<1>;
+      case 2:
+        return scan_block_avx512<2>;
+      case 3:
+        return scan_block_avx512<3>;
+      case 4:
+        return scan_block_avx512<4>;
+      case 5:
+        return scan_block_avx512<5>;
+      case 6:
+        return scan_block_avx512<6>;
+      case 7:
+        return scan_block_avx512<7>;
+      case 8:
+        return scan_block_avx512<8>;
+      default:
+        break;
+    }
+  }
+#endif
+  static_cast<void>(how), static_cast<void>(heads);
+  return scan_block_portable;
+}
+
+inline scan_pick pick_of(const scanned_block& b, int heads, const code_blocks& codes, index_t block,
+                         int lane) noexcept {
+  const auto* lanes =
+      reinterpret_cast<const std::int16_t*>(codes.first + static_cast<std::size_t>(block) * codes.stride +
+                                            static_cast<std::size_t>(codes.planes) * scan_keys);
+  scan_pick p{};
+  p.reach = lanes[scan_keys + lane];
+  p.radius = static_cast<std::uint16_t>(lanes[2 * scan_keys + lane]);
+  p.row = static_cast<std::uint32_t>(block * scan_keys + (lane < 32 ? 2 * lane : 2 * (lane - 32) + 1));
+  p.level = b.level[lane];
+  for (int h = 0; h < heads; ++h) p.score[static_cast<std::size_t>(h)] = b.score[h][lane];
+  return p;
+}
+
+}  // namespace detail
+
+/// Probability with which keys of these levels (whole numbers of steps) are taken: min(1, e^{level·step}) on the grid
+/// of the noise, so that weights are those of the draw; at least half a cell of it.
+template <class Levels>
+[[nodiscard]] auto inclusion(const Levels& level, std::int16_t noise_factor) noexcept {
+  // round(noise·f/2^15) >= −level  ⟺  noise >= (−level·2^15 − 2^14)/f, for whole noise.
+  const auto f = static_cast<float>(noise_factor);
+  const auto least = ((level * -32768.0f - 16384.0f) / f).ceil().max(0.0f);
+  return (((65536 * (least * (-1.0f / 1024)).exp() + 0.5f).floor()).max(0.5f) / 65536).eval();
+}
+
+/// Scans blocks [first, last) and appends those taken to `out` (rows count from block 0, ascending). Returns how many
+/// are in `out`, or −1 where it is full. The same numbers of steps for every instruction set.
+[[nodiscard]] inline index_t scan(isa how, const scan_query& q, const code_blocks& codes, index_t first, index_t last,
+                                  scan_pick* out, index_t have, index_t capacity) noexcept {
+  const detail::scan_function function = detail::scan_for(how, q.heads);
+  detail::scanned_block b;
+  for (index_t block = first; block < last; ++block) {
+    function(q, codes, block, b);
+    if ((b.even | b.odd) == 0) continue;
+    if (have + scan_keys > capacity) return -1;
+    std::uint64_t mask = std::uint64_t{b.odd} << 32 | b.even;
+    for (; mask != 0; mask &= mask - 1) out[have++] = detail::pick_of(b, q.heads, codes, block, std::countr_zero(mask));
+  }
+  return have;
+}
+
+/// All keys of a block, taken or not: out [scan_keys], ascending rows.
+inline void scan_all(isa how, const scan_query& q, const code_blocks& codes, index_t block, scan_pick* out) noexcept {
+  detail::scanned_block b;
+  detail::scan_for(how, q.heads)(q, codes, block, b);
+  for (int key = 0; key < scan_keys; ++key)
+    out[key] = detail::pick_of(b, q.heads, codes, block, (key & 1) * 32 + key / 2);
+}
+
+}  // namespace vattn::kernel
