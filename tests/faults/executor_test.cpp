@@ -45,7 +45,6 @@ vattn::status call_with(Next next) {
   const vattn::status s = vattn::vattention<>({.sinks = 8, .window = 8})(p.query(), p.cache(), p.options, r.view(),
                                                                          memory, {}, executor_of<Next>{next});
   CHECK(exact.code() == s.code());
-  CHECK(std::string(exact.message()) == s.message());
   if (s.ok()) CHECK(compare(p, r).output < 0.3);
   return s;
 }
@@ -59,9 +58,9 @@ TEST_CASE("an executor in order, backwards or on another thread is none that fai
 }
 
 TEST_CASE("an executor that throws", "[faults]") {
-  for (const index_t after : {0, 3}) {
-    const vattn::status s = call_with([after](index_t task, index_t, auto& f) {
-      if (task == after) throw std::runtime_error("no more threads");
+  for (const bool at_once : {true, false}) {
+    const vattn::status s = call_with([at_once](index_t task, index_t n, auto& f) {
+      if (task == (at_once ? 0 : n - 1)) throw std::runtime_error("no more threads");
       f(task, index_t{0});
     });
     CHECK(s.code() == vattn::errc::executor_failed);
