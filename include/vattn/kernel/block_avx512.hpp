@@ -287,6 +287,10 @@ VATTN_AVX512_INLINE float sum_of_lanes(__m512 v) noexcept {
   return lane[0];
 }
 
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wsign-conversion"  // of an intrinsic that is a macro where nothing is optimised
+#endif
 // As exponentials() in block_vectors.hpp: 2^k·e^r, the fused products making one constant of ln 2 enough.
 VATTN_TARGET_AVX512 inline float exponentials_avx512(float* x, index_t n, float top) noexcept {
   __m512 total = _mm512_setzero_ps();
@@ -309,6 +313,9 @@ VATTN_TARGET_AVX512 inline float exponentials_avx512(float* x, index_t n, float 
   }
   return sum_of_lanes(total);
 }
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 
 VATTN_TARGET_AVX512 inline bool maximum_avx512(const float* x, index_t n, float& top) noexcept {
   const __m512 least = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
