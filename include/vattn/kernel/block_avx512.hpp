@@ -46,8 +46,16 @@ struct step_mask {
 template <block_element T, bool Whole>
 VATTN_AVX512_INLINE void load_step(const std::byte* row, index_t at, const step_mask& m, __m512& a,
                                    __m512& b) noexcept {
-  const std::byte* from = row + at * static_cast<index_t>(sizeof(T)) * step;
-  if constexpr (std::same_as<T, float>) {
+  const std::byte* from = row + at * row_bytes<T>(step);
+  if constexpr (quantised_block<T>) {
+    const T* block = reinterpret_cast<const T*>(from);
+    const __m128i half = _mm_cvtsi32_si128(block->scale);
+    const __m512 scale = _mm512_maskz_broadcastss_ps(all_16, _mm_cvtph_ps(half));
+    const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(block->quants));
+    const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(block->quants + 16));
+    a = _mm512_mul_ps(scale, _mm512_maskz_cvtepi32_ps(all_16, _mm512_maskz_cvtepi8_epi32(all_16, low)));
+    b = _mm512_mul_ps(scale, _mm512_maskz_cvtepi32_ps(all_16, _mm512_maskz_cvtepi8_epi32(all_16, high)));
+  } else if constexpr (std::same_as<T, float>) {
     a = Whole ? _mm512_loadu_ps(from) : _mm512_maskz_loadu_ps(m.low(), from);
     b = Whole ? _mm512_loadu_ps(from + 64) : _mm512_maskz_loadu_ps(m.high(), from + 64);
   } else if constexpr (std::same_as<T, Eigen::bfloat16>) {

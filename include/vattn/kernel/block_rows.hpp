@@ -10,6 +10,7 @@
 #include <cstring>
 
 #include "vattn/kernel/isa.hpp"
+#include "vattn/kernel/quantised.hpp"
 #include "vattn/kernel/row.hpp"
 
 namespace vattn::kernel {
@@ -52,11 +53,13 @@ struct block_of_rows {
 
 /// Types of rows that block kernels read.
 template <class T>
-concept block_element = element<T>;
+concept block_element = element<T> || std::same_as<T, q8_0_block>;
 
+/// Bytes of `dim` elements, of q8_0 a multiple of 32.
 template <block_element T>
 [[nodiscard]] constexpr index_t row_bytes(index_t dim) noexcept {
-  return dim * static_cast<index_t>(sizeof(T));
+  constexpr index_t per = quantised_block<T> ? static_cast<index_t>(block_elements) : 1;
+  return dim / per * static_cast<index_t>(sizeof(T));
 }
 
 namespace detail {
@@ -70,14 +73,19 @@ inline constexpr auto extent = static_cast<std::size_t>(N);
 
 template <block_element T>
 [[nodiscard]] inline float element_at(const std::byte* row, index_t d) noexcept {
-  T x;
-  std::memcpy(&x, row + d * static_cast<index_t>(sizeof(T)), sizeof x);
-  if constexpr (std::same_as<T, float>) {
-    return x;
-  } else if constexpr (std::same_as<T, Eigen::half>) {
-    return half_to_float(std::bit_cast<std::uint16_t>(x));
+  if constexpr (quantised_block<T>) {
+    const T* block = reinterpret_cast<const T*>(row) + d / 32;
+    return half_to_float(block->scale) * static_cast<float>(block->quants[d % 32]);
   } else {
-    return bfloat16_to_float(std::bit_cast<std::uint16_t>(x));
+    T x;
+    std::memcpy(&x, row + d * static_cast<index_t>(sizeof(T)), sizeof x);
+    if constexpr (std::same_as<T, float>) {
+      return x;
+    } else if constexpr (std::same_as<T, Eigen::half>) {
+      return half_to_float(std::bit_cast<std::uint16_t>(x));
+    } else {
+      return bfloat16_to_float(std::bit_cast<std::uint16_t>(x));
+    }
   }
 }
 

@@ -39,7 +39,12 @@ VATTN_INLINE void load_floats(const float* from, typename lanes<W>::floats& to) 
 template <int W, block_element T>
 VATTN_INLINE void load_row(const std::byte* row, index_t d, typename lanes<W>::floats& to) noexcept {
   using words = typename lanes<W>::words;
-  if constexpr (std::same_as<T, float>) {
+  if constexpr (quantised_block<T>) {
+    const T* block = reinterpret_cast<const T*>(row) + d / 32;
+    typename lanes<W>::bytes quants;
+    std::memcpy(&quants, block->quants + d % 32, sizeof quants);
+    to = __builtin_convertvector(quants, typename lanes<W>::floats) * half_to_float(block->scale);
+  } else if constexpr (std::same_as<T, float>) {
     std::memcpy(&to, row + d * 4, sizeof to);
   } else if constexpr (std::same_as<T, Eigen::bfloat16>) {
     typename lanes<W>::halves bits;

@@ -48,10 +48,29 @@ struct row_store {
   }
 };
 
+namespace detail {
+template <class F>
+struct element_of_format {
+  using type = void;
+};
+template <class F>
+requires requires { typename F::element; }
+struct element_of_format<F> {
+  using type = typename F::element;
+};
+template <class F>
+using element_of = typename element_of_format<F>::type;
+}  // namespace detail
+
 /// One KV head of one sequence of a `placed_kv`.
 template <class Sequence, row_format K, row_format V>
 class placed_head {
+  static constexpr bool in_order = requires { requires Sequence::in_order; };
+
  public:
+  using key_element = detail::element_of<K>;
+  using value_element = detail::element_of<V>;
+
   placed_head(const Sequence& sequence, const row_store<K>& k, const row_store<V>& v, const row_norms& norms,
               index_t norm_page, index_t h, index_t n, index_t dk, index_t dv) noexcept
       : sequence_(sequence),
@@ -75,6 +94,13 @@ class placed_head {
   [[nodiscard]] auto value(index_t token) const noexcept {
     const cell c = sequence_(token);
     return v_.format.at(v_first_ + c.page * v_.strides.page + c.slot * v_.strides.cell, dv());
+  }
+  /// For strided_head, where cells of a sequence follow each other and rows are of a type that block kernels read.
+  [[nodiscard]] kernel::strided_rows key_rows() const noexcept requires in_order {
+    return {k_first_ + sequence_(0).page * k_.strides.page + sequence_(0).slot * k_.strides.cell, k_.strides.cell};
+  }
+  [[nodiscard]] kernel::strided_rows value_rows() const noexcept requires in_order {
+    return {v_first_ + sequence_(0).page * v_.strides.page + sequence_(0).slot * v_.strides.cell, v_.strides.cell};
   }
   [[nodiscard]] bool has_key_norms() const noexcept { return norms_.keys != nullptr; }
   [[nodiscard]] float key_norm(index_t token) const noexcept { return norms_.keys[norm(token)]; }

@@ -11,6 +11,7 @@ namespace vattn {
 
 /// Token i is in cell i of the sequence's own page.
 struct own_page {
+  static constexpr bool in_order = true;  ///< cell i + 1 is the next: see strided_head
   index_t page;
   [[nodiscard]] cell operator()(index_t token) const noexcept { return {page, token}; }
 };

@@ -31,6 +31,7 @@ template <kernel::element T, index_t D = dynamic>
 struct plain_rows {
   static constexpr std::size_t alignment = alignof(T);
   static constexpr index_t width = D;
+  using element = T;
   using row = std::span<const T, D == dynamic ? std::dynamic_extent : static_cast<std::size_t>(D)>;
 
   [[nodiscard]] row at(const std::byte* first, index_t elements) const noexcept {
@@ -43,6 +44,7 @@ struct plain_rows {
 /// ggml's q8_0 or q4_0.
 template <kernel::quantised_block B>
 struct block_rows {
+  using element = B;
   static constexpr std::size_t alignment = alignof(B);
   static constexpr index_t width = dynamic;
 

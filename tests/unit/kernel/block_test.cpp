@@ -20,13 +20,31 @@ std::vector<isa> available() {
   return all;
 }
 
+// Row `row` of `stride` bytes begins with `dim` random elements; the rest is NaN, or 0xff.
+template <class T>
+std::vector<std::byte> random_rows(index_t total, index_t dim, index_t stride, std::mt19937& random) {
+  std::normal_distribution<float> normal;
+  std::vector<std::byte> rows(static_cast<std::size_t>(total * stride), std::byte{0xff});
+  std::vector<float> x(static_cast<std::size_t>(dim));
+  for (index_t row = 0; row < total; ++row) {
+    for (float& e : x) e = normal(random);
+    T* to = reinterpret_cast<T*>(rows.data() + row * stride);
+    if constexpr (kernel::quantised_block<T>) {
+      kernel::quantise(x.data(), x.size(), to);
+    } else {
+      for (std::size_t d = 0; d < x.size(); ++d) to[d] = T(x[d]);
+    }
+  }
+  return rows;
+}
+
 template <class T>
 void check(index_t dim, index_t groups, index_t count, bool gathered, bool short_queries = false) {
   std::mt19937 random(static_cast<unsigned>(dim * 100 + groups * 10 + count));
   std::normal_distribution<float> normal;
-  const index_t stride = dim + 3, total = 200, first = 5;  // in elements: rows of odd alignment
-  std::vector<T> rows(static_cast<std::size_t>(stride * total));
-  for (T& x : rows) x = T(normal(random));
+  const index_t total = 200, first = 5;
+  const index_t stride = kernel::row_bytes<T>(dim) + 3 * static_cast<index_t>(sizeof(T));  // of odd alignment
+  const std::vector<std::byte> rows = random_rows<T>(total, dim, stride, random);
   std::vector<float> q(static_cast<std::size_t>(groups * dim)), x(static_cast<std::size_t>(groups * block_rows));
   const float scale = 0.31f;
   for (float& v : q) v = scale * (short_queries ? static_cast<float>(Eigen::bfloat16(normal(random))) : normal(random));
@@ -34,13 +52,19 @@ void check(index_t dim, index_t groups, index_t count, bool gathered, bool short
   for (float& v : x) v = normal(random);
   std::vector<ordinal> places;
   for (index_t i = 0; i < count; ++i) places.push_back(static_cast<ordinal>((i * 37 + 11) % total));
-  const kernel::strided_rows all{reinterpret_cast<const std::byte*>(rows.data()),
-                                 stride * static_cast<index_t>(sizeof(T))};
+  const kernel::strided_rows all{rows.data(), stride};
   const kernel::block_of_rows block =
       gathered ? kernel::block_of_rows::gathered(all, places.data(), count) : kernel::block_of_rows(all, first, count);
   const auto element = [&](index_t i, index_t d) {
     const index_t row = gathered ? index_t{places[static_cast<std::size_t>(i)]} : first + i;
-    return static_cast<double>(static_cast<float>(rows[static_cast<std::size_t>(row * stride + d)]));
+    const T* from = reinterpret_cast<const T*>(rows.data() + row * stride);
+    if constexpr (kernel::quantised_block<T>) {
+      float decoded[kernel::block_elements];
+      kernel::decode_block(from[d / 32], decoded);
+      return static_cast<double>(decoded[d % 32]);
+    } else {
+      return static_cast<double>(static_cast<float>(from[d]));
+    }
   };
   for (const isa how : available()) {
     CAPTURE(to_string(how), dim, groups, count, gathered);
@@ -85,6 +109,7 @@ TEST_CASE("block kernels are the naive loops, for every type, size, group and fi
         check<float>(dim, groups, count, false);
         check<Eigen::half>(dim, groups, count, groups % 2 == 0);
         check<Eigen::bfloat16>(dim, groups, count, true);
+        if (dim % 32 == 0) check<kernel::q8_0_block>(dim, groups, count, groups % 2 == 1);
         check<Eigen::bfloat16>(dim, groups, count, groups % 2 == 1, true);
       }
     }

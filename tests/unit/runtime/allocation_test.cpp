@@ -122,6 +122,9 @@ TEST_CASE("no policy allocates", "[runtime][allocation]") {
   coarse[0].append_from(p.cache().head(0, 0));
   check_policy<policy<select::indexed<codes>, sample::by_importance>>(p, {.heads = fine});
   check_policy<policy<select::indexed<codes>, sample::by_group_importance>>(p, {.heads = fine});
-  check_policy<certified_policy<codes>>(p, {{.heads = fine}});
-  check_policy<policy<select::two_phase<codes, codes>, sample::in_two_phases>>(p, {.coarse = {.heads = coarse}, .fine = {.heads = fine}});
+  certified_policy<codes>::selector bounds;
+  bounds.heads = fine;
+  check_policy<certified_policy<codes>>(p, bounds);
+  check_policy<policy<select::two_phase<codes, codes>, sample::in_two_phases>>(
+      p, {.coarse = {.heads = coarse}, .fine = {.heads = fine}});
 }
