@@ -168,6 +168,30 @@ struct uniform_policy : default_policy {
   using selector = select::none;
 };
 
+/// The functor over a store: a scan of codes, picks and a slice, or all rows where it predicts that to be faster.
+template <class T>
+class store_mode : public roofline_mode<T> {
+ public:
+  store_mode() : roofline_mode<T>("store") {}
+  void prepare(const roofline_step<T>& s) override {
+    const cache_shape& c = s.cache.shape();
+    store_ = shuffled_store<T>({.n_kv_heads = c.kv_heads, .dk = c.dim, .dv = c.dim, .seed = 1});
+    if (const status made = store_.assign(s.cache.view()); !made) throw std::runtime_error(made.message());
+  }
+  status run(const roofline_step<T>& s, std::uint32_t number) override {
+    config c;
+    c.epsilon = s.epsilon;
+    c.delta = s.delta;
+    return vattention<store_policy>(c)(s.cache.query(), store_, s.cache.options(), s.result(), memory_,
+                                       {.seed = 1, .step = number}, s.pool);
+  }
+  [[nodiscard]] bool verifies() const override { return true; }
+
+ private:
+  shuffled_store<T> store_;
+  workspace memory_;
+};
+
 template <class T>
 [[nodiscard]] std::vector<std::unique_ptr<roofline_mode<T>>> make_modes() {
   std::vector<std::unique_ptr<roofline_mode<T>>> modes;
@@ -175,6 +199,7 @@ template <class T>
   modes.push_back(std::make_unique<random_rows_mode<T>>());
   modes.push_back(std::make_unique<dense_mode<T>>());
   modes.push_back(std::make_unique<functor_mode<T, uniform_policy>>("uniform"));
+  if constexpr (kernel::element<T>) modes.push_back(std::make_unique<store_mode<T>>());
   return modes;
 }
 
