@@ -304,7 +304,7 @@ class comparison {
 std::vector<std::pair<std::string, int>> chosen_selectors(const options& o) {
   std::vector<std::pair<std::string, int>> chosen;
   for (const examples::selector_entry& e : examples::selector_catalogue()) {
-    if (!e.make) continue;
+    if (!e.make || e.learned) continue;  // no weights, nothing to compare
     if (!o.selectors.empty() && std::find(o.selectors.begin(), o.selectors.end(), e.name) == o.selectors.end())
       continue;
     if (e.name == "codes" || e.name == "product-codes") {

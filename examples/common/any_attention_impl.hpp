@@ -2,6 +2,8 @@
 #pragma once
 
 #include <algorithm>
+#include <fstream>
+#include <iterator>
 #include <utility>
 #include <variant>
 #include <vector>
@@ -79,13 +81,15 @@ class any_attention<T>::engine {
     if (std::holds_alternative<std::monostate>(heads_)) {
       const selector_entry& entry = *find_selector(choice_.selector);
       for (index_t h = 0; h < cache.n_kv_heads(); ++h) {
+        index_request prefill = prefill_of(cache.head(0, h), choice_.bits, index_seed);
+        prefill.weights = weights_of(h, cache.n_kv_heads());
         std::visit(
             [&](auto&& index) {
               using list = std::vector<std::remove_cvref_t<decltype(index)>>;
               if (h == 0) heads_.template emplace<list>();
               std::get<list>(heads_).push_back(std::move(index));
             },
-            entry.make(prefill_of(cache.head(0, h), choice_.bits, index_seed)));
+            entry.make(prefill));
         if (choice_.two_phases) coarse_.emplace_back(sketch::key_codes<1>(cache.dk(), index_seed + 1));
       }
     }
@@ -143,6 +147,20 @@ class any_attention<T>::engine {
   }
 
  private:
+  // The bytes of a KV head's weights, none where none were given.
+  [[nodiscard]] std::string weights_of(index_t head, index_t heads) const {
+    const auto& files = choice_.weights;
+    if (files.empty()) return {};
+    if (files.size() > 1 && static_cast<index_t>(files.size()) != heads)
+      throw std::runtime_error("--weights names " + std::to_string(files.size()) + " files for " +
+                               std::to_string(heads) + " KV heads: give one, or one for each");
+    const std::string& path = files[files.size() > 1 ? static_cast<std::size_t>(head) : 0];
+    std::ifstream file(path, std::ios::binary);
+    std::string bytes((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
+    if (!file) throw std::runtime_error("cannot read " + path);
+    return bytes;
+  }
+
   // Rotations and hyperplanes; draws have a seed of their own.
   static constexpr std::uint64_t index_seed = 1;
 

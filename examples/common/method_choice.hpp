@@ -5,6 +5,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "vattn/vattn.hpp"
 
@@ -32,11 +33,12 @@ struct method_choice {
   target_kind target = target_kind::output;
   bound_kind bound = bound_kind::clt;
   sampler_kind sampler = sampler_kind::uniform;
-  std::string selector = "exact";  ///< of selector_catalogue()
-  int bits = 4;                    ///< of the codes
-  bool share_group = false;        ///< one sample for the query heads of a KV head
-  bool two_phases = false;         ///< scan codes of 1 bit, then the selector's for what they keep
-  double top_p = 0;                ///< share of the softmax mass to read exactly; 0 = `heavy` decides
+  std::string selector = "exact";    ///< of selector_catalogue()
+  std::vector<std::string> weights;  ///< files of learned weights, one for all KV heads or one for each
+  int bits = 4;                      ///< of the codes
+  bool share_group = false;          ///< one sample for the query heads of a KV head
+  bool two_phases = false;           ///< scan codes of 1 bit, then the selector's for what they keep
+  double top_p = 0;                  ///< share of the softmax mass to read exactly; 0 = `heavy` decides
   config settings{};
 };
 
@@ -69,6 +71,8 @@ inline void settle(method_choice& m) {
     throw std::runtime_error("--top-p is " + std::to_string(m.top_p) + ": give a share of the mass in (0, 1)");
   if (m.top_p != 0 && m.heavy) throw std::runtime_error("--top-p and --heavy both say what is read exactly: give one");
   if (m.top_p != 0 && m.how != method::vattention) throw std::runtime_error("--top-p needs --method vattention");
+  if ((m.selector == "hash-attention") == m.weights.empty())
+    throw std::runtime_error("--selector hash-attention and --weights FILE go together: give both or none");
   for (const auto& [name, share] : {std::pair{"--heavy", m.heavy}, std::pair{"--base", m.base}}) {
     // The library's `automatic` is a negative number, which is no share.
     if (share && *share < 0) throw std::runtime_error(std::string(name) + " is negative: give a share in [0, 1]");

@@ -80,6 +80,9 @@ inline void add_method_options(CLI::App& app, method_choice& m) {
              "what epsilon and delta promise; default output");
   add_choice(app, group, "--selector", m.selector, selectors, "NAME",
              "what scores the tokens, see --list (exact: their logits and values); default " + m.selector);
+  app.add_option("--weights", m.weights, "selector hash-attention: one file for all KV heads, or one for each")
+      ->type_name("FILE")
+      ->group(group);
   add_choice(app, group, "--sampler", m.sampler, samplers, "uniform|importance",
              std::string("uniform: heavy tokens and a uniform rest; importance: by the scores and their error; "
                          "default ") +

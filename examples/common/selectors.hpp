@@ -19,6 +19,7 @@ struct index_request {
   std::uint64_t seed = 1;       ///< rotations, hyperplanes, k-means
   std::vector<float> centre{};  ///< mean key of the prefill, [dim]
   std::vector<float> keys{};    ///< some keys of the prefill, [any, dim], for calibration
+  std::string weights{};        ///< bytes of a file of learned weights
 };
 
 using index_variant =
@@ -28,6 +29,7 @@ struct selector_entry {
   std::string name;
   std::string text;                                         ///< one line: what it does, its source
   std::function<index_variant(const index_request&)> make;  ///< none: needs no index
+  bool learned = false;                                     ///< needs index_request::weights
 };
 
 /// Learns from the prefill's keys.
@@ -81,6 +83,17 @@ void train(Index& index, const index_request& r) {
        [](const index_request& r) -> index_variant {
          return order(select::hash_attention(select::simhash_map(r.dim, 32, r.seed)));
        }},
+      {"hash-attention", "learned bit signatures from --weights FILE (arXiv 2412.14468)",
+       [](const index_request& r) -> index_variant {
+         select::learned_map map;
+         if (const status ok = map.load(std::as_bytes(std::span(r.weights))); !ok)
+           throw std::runtime_error(ok.message());
+         if (map.dim() != r.dim)
+           throw std::runtime_error("HashAttention weights: they are for heads of " + std::to_string(map.dim()) +
+                                    ", the keys' are of " + std::to_string(r.dim));
+         return order(select::hash_attention(std::move(map)));
+       },
+       true},
       {"magic-pig", "collisions in 150 hash tables of 10 sign bits (arXiv 2410.16179)",
        [](const index_request& r) -> index_variant {
          return order(select::magic_pig(r.dim, 10, 150, r.seed, r.centre));

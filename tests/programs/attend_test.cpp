@@ -7,6 +7,7 @@
 #include <fstream>
 #include <nlohmann/json.hpp>
 #include <random>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -199,6 +200,61 @@ TEST_CASE("every method and target, with trials, a report and certificates", "[a
       if (method == "vattention") CHECK(summary.at("error_p90").get<double>() < 0.5);
     }
   }
+}
+
+TEST_CASE("attend lists its selectors and runs each with either sampler", "[attend]") {
+  const files f({.queries = 1, .heads = 2, .kv_heads = 1, .n = 2500, .dk = 12, .dv = 6}, 4);
+  const outcome list = attend("--list");
+  REQUIRE(list.code == 0);
+  // One layer of the identity: its signatures are the keys' signs.
+  std::string weights = "vattnha1";
+  const auto put = [&](const auto& x) { weights.append(reinterpret_cast<const char*>(&x), sizeof x); };
+  for (int net = 0; net < 2; ++net) {
+    for (const std::uint32_t x : {1u, 12u, 12u}) put(x);
+    for (int i = 0; i < 144; ++i) put(i % 13 == 0 ? 1.0f : 0.0f);
+    for (int i = 0; i < 12; ++i) put(0.0f);
+  }
+  write_bytes(f.f / "weights.bin", weights);
+  const std::string file = "--weights '" + f.f / "weights.bin" + "'";
+
+  const auto run = [&](const std::string& options) {
+    const auto out = f.output("--sinks 16 --window 16 --epsilon 0.2 --error-scale rms --trials 2 --json '" +
+                              f.f / "r.json" + "' " + options);
+    CAPTURE(options);
+    CHECK(out.size() == 2u * 2 * 6);
+    std::ifstream json(f.f / "r.json");
+    return nlohmann::json::parse(json).at("summary");
+  };
+  std::istringstream lines(list.text);
+  std::string line;
+  int names = 0;
+  while (std::getline(lines, line)) {
+    const std::string name = line.substr(0, line.find(' '));
+    ++names;
+    for (const char* sampler : {"uniform", "importance"}) {
+      const auto summary =
+          run("--selector " + name + " --sampler " + sampler + (name == "hash-attention" ? " " + file : ""));
+      CAPTURE(name, sampler);
+      CHECK(summary.at("error_mean").get<double>() < 0.5);
+    }
+  }
+  CHECK(names >= 12);
+  for (const char* bits : {"1", "2", "4", "8"}) {
+    const auto summary = run(std::string("--selector codes --sampler importance --bits ") + bits);
+    CHECK(summary.at("density").get<double>() < 0.6);
+    CHECK(summary.at("error_mean").get<double>() < 0.2);
+  }
+  CHECK(run("--selector codes --sampler importance --share-group").at("error_mean").get<double>() < 0.2);
+  CHECK(run("--selector codes --sampler importance --two-phase").at("error_mean").get<double>() < 0.2);
+  CHECK(run("--selector codes --bits 8 --sampler importance --bound bernstein").at("failures").get<double>() == 0);
+
+  check_refused(f.inputs + "--selector nonsense", "nonsense");
+  check_refused(f.inputs + "--selector codes --bits 3", "bits");
+  check_refused(f.inputs + "--selector hash-attention", "--weights");
+  check_refused(f.inputs + file, "--weights");
+  check_refused(f.inputs + "--selector hash-attention --weights '" + f.f / "q.npy" + "'", "vattnha1");
+  check_refused(f.inputs + "--selector hash-attention --weights /nonexistent", "/nonexistent");
+  check_refused(f.inputs + "--selector hash-attention " + file + " '" + f.f / "weights.bin" + "'", "give one");
 }
 
 TEST_CASE("a seed gives the same draws on any number of threads, another seed others", "[attend]") {
