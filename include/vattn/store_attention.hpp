@@ -95,7 +95,8 @@ class store_sampler {
   /// Attends every head: verified, or exactly where that costs less or does not come to an end.
   void run() noexcept {
     const read_costs costs(heads_);
-    if (blocks_ < 32 || costs.least(rows_, fixed()) > costs.dense(head_.size())) return rest_exactly();
+    // A pilot that ends in exact attention is a twentieth of it at most, where the past is this long.
+    if (blocks_ < 32 || 2.5 * costs.least(rows_) > costs.dense(head_.size())) return rest_exactly();
     if (!prepare() || !pilot()) return rest_exactly();
     choice_ = choose(costs);
     if (choice_.cost > costs.dense(head_.size())) return rest_exactly();
