@@ -664,12 +664,12 @@ template <class Q, class Store>
       requires(const Store& s) { s.head(0, 0).codes(); },
       "a policy that samples from a store needs a vattn::shuffled_store as its cache: assign() the view to one");
   const bool ordered = (options.causal && q.extents[1] > 1) || options.sliding_window > 0 || options.mask ||
-                       options.alibi_slopes != nullptr;
+                       options.positions || options.alibi_slopes != nullptr;
   if (ordered || options.softcap > 0) {
     return status::error(errc::invalid_argument,
                          "a store is attended whole and without %s: use a view and an "
                          "importance policy for this call",
-                         ordered ? "masks, windows, ALiBi or several causal queries" : "soft cap");
+                         ordered ? "masks, windows, positions, ALiBi or several causal queries" : "soft cap");
   }
   return {};
 }
