@@ -44,7 +44,10 @@ class vattention {
   /// Bytes of workspace for sequences of at most n tokens. `masked`: the call has a mask, or positions.
   [[nodiscard]] std::size_t workspace_bytes(index_t n, index_t dk, index_t dv, bool masked = false,
                                             index_t workers = 1) const noexcept {
-    return call_bytes(n, dk, dv, masked, sizes(n, dv), workers);
+    scratch::sparse_sizes sparse = sizes(n, dv);
+    // Elements of any type: it is a matter of pointers and floats.
+    if constexpr (from_store) sparse.group_bytes = store_bytes<store_head<float>>(n, max_group, dk, dv);
+    return call_bytes(n, dk, dv, masked, sparse, workers);
   }
 
   /// `observe(head_task&)` sees each query of each head once it is done, on the thread that did it (see

@@ -121,6 +121,7 @@ template <class Policy>
 struct own_share {
   index_t ith = 0, nth = 1;
   [[nodiscard]] index_t workers() const noexcept { return nth; }
+  [[nodiscard]] index_t share(index_t n) const noexcept { return ith < n ? (n - ith + nth - 1) / nth : 0; }
   template <class F>
   void for_each(index_t n, F&& f) const {
     for (index_t task = ith; task < n; task += nth) f(task, ith);
