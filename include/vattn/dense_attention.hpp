@@ -34,7 +34,7 @@ struct dense_plan {
     chunks = std::max<index_t>(1, (n + chunk - 1) / chunk);
   }
 
-  static constexpr index_t max_together = 8, max_tile = 32, chunk_rows = 4 * phase_rows, enough_pieces = 64;
+  static constexpr index_t max_together = 8, max_tile = 32, chunk_rows = 2 * phase_rows, enough_pieces = 64;
 };
 
 /// Memory of a call: what pieces leave of each query, and what a worker needs for the queries of a tile.
@@ -97,20 +97,23 @@ class dense_call {
       arena a(memory.memory());
       return take(a, worker);
     };
-    exec.for_each(q_.extents[0] * plan_.tiles * cache_.n_kv_heads() * plan_.chunks, [&](index_t task, index_t worker) {
+    const index_t pieces = q_.extents[0] * plan_.tiles * cache_.n_kv_heads() * plan_.chunks;
+    status ran = run_tasks(exec, pieces, [&](index_t task, index_t worker) {
       const index_t chunk = task % plan_.chunks, piece = task / plan_.chunks;
       const index_t kv = piece % cache_.n_kv_heads(), tile = piece / cache_.n_kv_heads();
       read(tile / plan_.tiles, tile % plan_.tiles * plan_.tile, kv, chunk, scratch_of(worker));
     });
+    if (!ran) return ran;
     dense_scratch<Head> s = scratch_of(0);
     std::atomic<index_t> failed{-1};
     if (plan_.rows * plan_.chunks <= few_parts) {  // not worth waking anybody
       for (index_t place = 0; place < plan_.rows; ++place) finish(place, s, failed);
     } else {
-      exec.for_each(plan_.rows, [&](index_t place, index_t worker) {
+      ran = run_tasks(exec, plan_.rows, [&](index_t place, index_t worker) {
         dense_scratch<Head> own = scratch_of(worker);
         finish(place, own, failed);
       });
+      if (!ran) return ran;
     }
     const index_t place = failed.load();
     return place < 0 ? status() : non_finite_error(place, q_.extents[1], q_.extents[2]);

@@ -26,7 +26,8 @@ status exact_attention(const tensor_view<const Q, 4>& q, const KV& cache, const 
                        const attention_result& result, workspace& memory, E&& exec = E{}) noexcept {
   if (status s = check_call(q, cache, options, result); !s) return s;
   using head = std::remove_cvref_t<decltype(cache.head(0, 0))>;
-  if constexpr (strided_head<head>) {
+  // A part of the tasks is of no use there: the second half of them needs the results of the first.
+  if constexpr (strided_head<head> && !partial_executor<std::remove_cvref_t<E>>) {
     // Positions order the tokens, and decisions list them: neither is the block kernels' business.
     if (!options.positions && !result.decisions.tokens)
       return dense_call<Q, KV, head>(q, cache, options, result).run(memory, exec);

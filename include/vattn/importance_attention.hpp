@@ -60,8 +60,10 @@ struct importance_head {
     return pi.probability(i, entered_share, entered_floor, entered_offset);
   }
 
-  [[nodiscard]] static double squared_radius(double variance, double dimension, double dof, index_t rows,
+  /// r² with r² = q·(V̂ + skew·r), q the quantile of r²/V̂: an error of r comes with a V̂ that is that much too small.
+  [[nodiscard]] static double squared_radius(double variance, double dimension, double dof, double skew, index_t rows,
                                              double delta) noexcept {
+    if (variance == 0) return 0;
     sum_evidence y;
     y.with_replacement = true;
     y.population = 1;
@@ -69,7 +71,8 @@ struct importance_head {
     y.dimension = dimension;
     y.dof = dof;
     y.sampled = static_cast<double>(rows);
-    const double r = B::radius(y, 1, delta);
+    const double r0 = B::radius(y, 1, delta), half = r0 * r0 / variance * skew / 2;
+    const double r = half + std::sqrt(half * half + r0 * r0);
     return r * r;
   }
 
@@ -95,7 +98,7 @@ struct importance_head {
     pi = sample::importance(s.weights, s.floors, s.reaches, frame.prior);
     pi.prepare(
         scores, errors, [&](index_t j) { return distance(tokens[j]); }, settings.sinks, n - settings.window,
-        tempering(scores, errors, s.reaches), shape);
+        tempering(scores, errors, s.reaches), shape, settings.delta);
     offset = pi.offset();
     share = shape.pilot;
 
@@ -121,7 +124,7 @@ struct importance_head {
 
     const double scale2 =
         settings.scale == error_scale::rms ? e.power : std::max(e.output2 - e.variance, e.output2 / 4);
-    const double error2 = squared_radius(e.variance, e.dimension, e.dof, count, settings.delta);
+    const double error2 = squared_radius(e.variance, e.dimension, e.dof, e.skew, count, settings.delta);
     const double goal2 = settings.epsilon * settings.epsilon * scale2;
     // A token that is missed although it may move the output by f must cost at most κ·ε·T. What moves it is
     // x‖v − ô‖, at most x(r + ‖ô − centre‖).
@@ -143,9 +146,10 @@ struct importance_head {
       c.rows_exact = settings.sinks + settings.window + e.certain;
       c.rows_sampled = count - e.certain + scoring_rows;
       c.budget = count - e.certain;
-      c.epsilon_achieved = error2 > 0 ? std::sqrt(error2 / scale2) : 0;
+      // The floors are made for ε: of smaller errors they say nothing.
+      c.epsilon_achieved = error2 > 0 ? std::max(std::sqrt(error2 / scale2), shape.kappa * settings.epsilon) : 0;
       c.denominator_error =
-          std::sqrt(squared_radius(e.denominator_variance, e.dimension, e.dof, count, settings.delta));
+          std::sqrt(squared_radius(e.denominator_variance, e.dimension, e.dof, 0, count, settings.delta));
       c.coherence = e.power > 0 ? std::sqrt(e.output2 / e.power) : 0;
       c.promise = B::kind, c.bound = B::name;
       c.assumptions = "asymptotic, as stated by the bound; and the scores' stated errors are true";
@@ -161,7 +165,7 @@ struct importance_head {
     if (verified) return true;
     // The least share of which the sample itself predicts enough, with its rows standing for those to come:
     // V' = Σ (1 − π')/(π'π)‖Y‖², and Σt'² = Σ (1 − π')²/(π'³π)‖Y‖⁴ for the new ν₂.
-    constexpr double aim = 0.96 * 0.96;
+    constexpr double aim = 0.985 * 0.985;
     const auto enough = [&](double next) {
       double variance = 0, fourth = 0;
       for (const weighted_row& r : rows) {
@@ -172,9 +176,10 @@ struct importance_head {
         fourth += t * (1 - p) / (p * p) * y2;
       }
       const double dof = fourth > 0 ? 2 * variance * variance / fourth : e.dof;
-      return squared_radius(variance, e.dimension, dof, count, settings.delta) <= aim * goal2;
+      const double skew = e.variance > 0 ? e.skew * variance / e.variance : 0;  // of 1/π², as is t against V's 1/π
+      return squared_radius(variance, e.dimension, dof, skew, count, settings.delta) <= aim * goal2;
     };
-    double low = 1.1 * share, high = 4 * share;
+    double low = 1.03 * share, high = 4 * share;
     for (int i = 0; i < 8; ++i) {
       const double middle = std::sqrt(low * high);
       (enough(middle) ? high : low) = middle;

@@ -95,7 +95,8 @@ class store_sampler {
   /// Attends every head: verified, or exactly where that costs less or does not come to an end.
   void run() noexcept {
     const read_costs costs(heads_);
-    if (blocks_ < 32 || costs.least(rows_, fixed()) > costs.dense(head_.size())) return rest_exactly();
+    // A pilot that ends in exact attention is a twentieth of it at most, where the past is this long.
+    if (blocks_ < 32 || 2.5 * costs.least(rows_) > costs.dense(head_.size())) return rest_exactly();
     if (!prepare() || !pilot()) return rest_exactly();
     choice_ = choose(costs);
     if (choice_.cost > costs.dense(head_.size())) return rest_exactly();
@@ -178,10 +179,15 @@ class store_sampler {
       norm_[at(g)] = std::sqrt(norm2);
       offset_[at(g)] = codes_.offset(s_.rotated);
       reference_[at(g)] = -std::numeric_limits<float>::infinity();
+      float all = 0;
       for (std::size_t from = 0; from < entries; from += 64) {
         const Eigen::Map<const entry_block> t(table.data() + from);
-        delta = std::max(delta, (t.maxCoeff() - t.minCoeff()) / 63);
+        const float range = t.maxCoeff() - t.minCoeff();
+        delta = std::max(delta, range / 63);
+        all += range;
       }
+      // Entries are rounded up by less than 1 each.
+      delta = std::max(delta, all / static_cast<float>(kernel::scan_query::largest_sum - codes_.groups()));
     }
     const float unit = std::max(codes_.alpha_unit(), std::numeric_limits<float>::min());
     delta = std::max(delta, 16 * kernel::scan_query::smallest_step / unit);

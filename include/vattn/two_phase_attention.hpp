@@ -52,7 +52,7 @@ void attend_in_two_phases(head_group<Head>& group, const config& settings, const
       p = sample::importance(s.weights, s.floors, s.reaches);
       p.prepare(
           scores, errors, [&](index_t j) { return distance(all[j]); }, settings.sinks, last,
-          tempering(scores, errors, s.reaches), shape);
+          tempering(scores, errors, s.reaches), shape, settings.delta);
       // What the first look will ask for, guessed; what a look has asked for, later.
       double sum = 0;
       for (const float score : scores) sum += std::exp(static_cast<double>(score) - p.top());

@@ -47,21 +47,31 @@ struct source {
   std::function<synthetic::cache()> make;
 };
 
-std::vector<source> synthetic_sources(const options& o) {
-  std::vector<std::string> regimes;
-  for (const std::string& r : o.regimes) {
-    if (r == "standard" || r == "hostile") {
-      const auto& list = r == "standard" ? synthetic::standard_regimes() : synthetic::hostile_regimes();
-      regimes.insert(regimes.end(), list.begin(), list.end());
+// Names, with those of a list in place of the list's own.
+std::vector<std::string> expand(const std::vector<std::string>& given,
+                                const std::map<std::string, std::vector<std::string>>& lists) {
+  std::vector<std::string> names;
+  for (const std::string& g : given) {
+    const auto list = lists.find(g);
+    if (list == lists.end()) {
+      names.push_back(g);
     } else {
-      regimes.push_back(r);
+      names.insert(names.end(), list->second.begin(), list->second.end());
     }
   }
+  return names;
+}
+
+std::vector<source> synthetic_sources(const options& o) {
+  const std::vector<std::string> regimes = expand(o.regimes, {{"standard", synthetic::standard_regimes()},
+                                                              {"hostile", synthetic::hostile_regimes()},
+                                                              {"adversarial", synthetic::adversarial_regimes()}});
+  const std::vector<std::string> kinds =
+      expand(o.values, {{"all", synthetic::value_kinds()}, {"adversarial", synthetic::adversarial_values()}});
   std::vector<source> sources;
   for (const index_t n : o.lengths) {
     for (const std::string& regime : regimes) {
-      for (const std::string& values :
-           o.values == std::vector<std::string>{"all"} ? synthetic::value_kinds() : o.values) {
+      for (const std::string& values : kinds) {
         sources.push_back({regime, values, [=, dim = o.dim, seed = o.seed] {
                              return synthetic::make_cache(regime, values, n, dim, seed);
                            }});
@@ -208,8 +218,12 @@ int judge(const std::vector<cell>& cells) {
 int main(int argc, char** argv) {
   options o;
   CLI::App app("Failure shares of the promise over many draws, against delta");
-  app.add_option("--regimes", o.regimes, "regime names, 'standard', 'hostile'")->delimiter(',')->capture_default_str();
-  app.add_option("--values", o.values, "kinds of values, or 'all'")->delimiter(',')->capture_default_str();
+  app.add_option("--regimes", o.regimes, "regime names, 'standard', 'hostile', 'adversarial'")
+      ->delimiter(',')
+      ->capture_default_str();
+  app.add_option("--values", o.values, "kinds of values, 'all' or 'adversarial'")
+      ->delimiter(',')
+      ->capture_default_str();
   app.add_option("--n", o.lengths, "tokens")->delimiter(',')->check(CLI::PositiveNumber)->capture_default_str();
   app.add_option("--epsilons", o.epsilons)->delimiter(',')->capture_default_str();
   app.add_option("--deltas", o.deltas)->delimiter(',')->capture_default_str();

@@ -138,6 +138,26 @@ TEST_CASE("the stated error covers the true one, and is not far above it", "[sta
   CHECK(binomial_upper_tail(uncovered, sampled, 0.1) > 1e-4);
 }
 
+TEST_CASE("the stated error covers where nothing but its quantile is between it and the true one",
+          "[stat][calibration]") {
+  // One dimension: no slack from others, and six looks.
+  long uncovered = 0, sampled = 0;
+  for (const char* regime : {"flat", "gauss2"}) {
+    for (const double epsilon : {0.02, 0.05}) {
+      const problem<float> p(regime, "rank_one", 4096, 16, 21);
+      config c;
+      c.epsilon = epsilon;
+      c.delta = 0.05;
+      const summary s = run_cell<remembering<default_policy>>(p, c, 800, 9000);
+      uncovered += s.uncovered;
+      sampled += static_cast<long>(s.errors.size());
+    }
+  }
+  INFO(uncovered << " of " << sampled);
+  REQUIRE(sampled > 2000);
+  CHECK(binomial_upper_tail(uncovered, sampled, 0.05) > 1e-4);
+}
+
 TEST_CASE("a smaller epsilon never costs fewer rows on average", "[stat][monotone]") {
   const problem<float> p("gauss2", "mean", 8192, 64, 4);
   double last = 0;

@@ -69,8 +69,9 @@ group_summary run_group(const synthetic::cache& c, const typename Policy::select
 }
 
 template <int Bits>
-void add_group(std::vector<tested>& cells, const char* regime, std::int64_t heads, synthetic::heads_are kind) {
-  const synthetic::cache c = synthetic::make_cache(regime, "mean", 4096, 64, 31, heads, kind);
+void add_group(std::vector<tested>& cells, const char* regime, std::int64_t heads, synthetic::heads_are kind,
+               const char* values = "mean") {
+  const synthetic::cache c = synthetic::make_cache(regime, values, 4096, 64, 31, heads, kind);
   std::vector<sketch::key_codes<Bits>> index(1, sketch::key_codes<Bits>(64, 5));
   append_from(index[0], contiguous_kv(c.k.data(), c.v.data(), kv_shape{1, 1, c.n, 64, 64}).head(0, 0));
   constexpr long draws = 40;
@@ -94,6 +95,33 @@ TEST_CASE("a sample that is shared by 1, 3, 4 or 8 heads keeps the promise of ea
     }
     add_group<2>(cells, regime, 4, synthetic::heads_are::alike);
     add_group<8>(cells, regime, 3, synthetic::heads_are::alike);
+  }
+  require_promise(cells);
+}
+
+TEST_CASE("a shared sample keeps the promise of heads that disagree on adversarial caches", "[stat][importance]") {
+  std::vector<tested> cells;
+  for (const char* regime : {"pareto", "rare_level", "comb", "gauss4"}) {
+    for (const char* values : {"opposed", "rare_far", "low_rank"}) {
+      add_group<8>(cells, regime, 4, synthetic::heads_are::independent, values);
+      add_group<2>(cells, regime, 3, synthetic::heads_are::independent, values);
+    }
+  }
+  require_promise(cells);
+}
+
+TEST_CASE("product codes keep the promise, of keys that they were trained on and of others", "[stat][importance]") {
+  std::vector<tested> cells;
+  for (const std::string& regime : all_regimes()) {
+    const problem<float> p(regime, "mean", 4096, 64, 29);
+    const problem<float> other("gauss1", "mean", 2048, 64, 83);
+    for (const bool own : {true, false}) {
+      sketch::product_codes codes(64, 21, {.seed = 3});
+      codes.train(own ? p.head() : other.head());
+      const indexed_problem index(p, std::move(codes));
+      const summary s = run_cell<importance_policy>(p, index.selector(), promise(0.1, 0.1), 50, 1000000 * cells.size());
+      cells.push_back({regime + (own ? "/own" : "/others'") + " codes", s.failures, s.draws, 0.1});
+    }
   }
   require_promise(cells);
 }
@@ -132,6 +160,23 @@ TEST_CASE("two phases keep the promise, and read no more rows than one", "[stat]
   }
   require_promise(cells);
   CHECK(two < 1.1 * one);
+}
+
+TEST_CASE("two phases keep the promise on adversarial caches", "[stat][importance]") {
+  std::vector<tested> cells;
+  for (const std::string& regime : synthetic::adversarial_regimes()) {
+    for (const char* values : {"opposed", "rare_direction", "cauchy"}) {
+      const problem<float> p(regime, values, 4096, 64, 73);
+      const indexed_problem coarse(p, sketch::key_codes<1>(64, 3));
+      const indexed_problem fine(p, sketch::key_codes<4>(64, 3));
+      remembered_phases phases;
+      phases.coarse = coarse.selector(), phases.fine = fine.selector();
+      const summary s =
+          run_cell<two_phase_policy>(p, phases, promise(0.05, 0.1, error_scale::rms), 40, 1000000 * cells.size());
+      cells.push_back({regime + "/" + values, s.failures, s.draws, 0.1});
+    }
+  }
+  require_promise(cells);
 }
 
 TEST_CASE("two phases notice a coarse index that is stale", "[stat][importance]") {

@@ -10,6 +10,8 @@
 #include <string_view>
 #include <vector>
 
+#include "support/adversaries.hpp"
+
 namespace vattn::synthetic {
 
 /// One KV head, and queries whose logits scale·q·k_i, scale = 1/sqrt(dim), are those of the regime.
@@ -99,7 +101,7 @@ inline std::vector<float> make_logits(std::string_view regime, std::int64_t n, s
     std::shuffle(l.begin(), l.end(), random);
   } else if (regime == "constant") {
     fill([] { return 1.0; });
-  } else {
+  } else if (!adversarial_logits(regime, l, random)) {
     throw std::invalid_argument("unknown regime '" + std::string(regime) + "'");
   }
   return l;
@@ -110,6 +112,7 @@ inline std::vector<float> make_values(std::string_view kind, const std::vector<f
   std::normal_distribution<float> normal;
   const std::size_t n = logits.size(), d = static_cast<std::size_t>(dim);
   std::vector<float> v(n * d), shared(d), direction(d);
+  if (adversarial_value_rows(kind, logits, d, v, random)) return v;
   for (float& x : shared) x = normal(random);
   for (float& x : direction) x = normal(random);
   std::student_t_distribution<float> t2(2);
@@ -190,6 +193,9 @@ inline cache make_cache(std::string_view regime, std::string_view values, std::i
         row[j] += static_cast<float>(c.logits[h * count + i] - along[h]) * units[h * d + j];
     }
     if (regime == "duplicates" && i >= 16) std::copy_n(c.k.data() + (i % 16) * d, d, row);
+    if (regime == "near_duplicates" && i >= 64) {
+      for (std::size_t j = 0; j < d; ++j) row[j] = c.k[(i % 64) * d + j] + 0.05f * row[j];
+    }
   }
   c.v = make_values(values, std::vector<float>(c.logits.begin(), c.logits.begin() + n), dim, random);
   return c;

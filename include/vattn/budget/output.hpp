@@ -46,10 +46,9 @@ struct output {
     evidence.sampled = e.sampled;
     evidence.dimension = y.dimension;
     evidence.dof = y.dof;
-    // A term as large as the selector's bound allows may be in the residual unseen: count one such. Of m
-    // draws none hits a share 1/m of spikes with probability 1/e, and their error is that one term.
+    evidence.variance = y.variance;
     const double guard = unseen_term(l, l.order.bound());
-    evidence.variance = y.variance + guard * guard / e.sampled;
+    add_unseen(evidence, guard, l.settings.delta);
 
     const double mean_square = evidence.population * evidence.population * evidence.variance / e.sampled *
                                finite_population(evidence, e.sampled);
@@ -59,7 +58,7 @@ struct output {
     v.epsilon_achieved = radius > 0 ? radius / scale : 0;
     v.met = v.epsilon_achieved <= l.settings.epsilon;
     v.next = v.met ? split{l.order.count(), static_cast<index_t>(e.sampled)}
-                   : cheapest<B>(l, evidence, y.variance, l.settings.epsilon * scale);
+                   : cheapest<B>(l, evidence, y, l.settings.epsilon * scale);
     v.budget = v.next.sampled;
     return v;
   }
@@ -102,6 +101,18 @@ struct output {
     return std::max(l.now.output2 - mean_square, l.now.output2 / 4);
   }
 
+  // Terms as large as the selector's bound allows may be in the residual unseen. Of m draws none hits a share λ/m of
+  // them with probability e^{−λ}: as likely as δ at λ = ln(1/δ), and then the error is λ terms in one direction. So
+  // many terms count as seen that the quantile of one dimension, z, covers that: z·sqrt(count) = λ.
+  static void add_unseen(sum_evidence& s, double guard, double delta) noexcept {
+    const double count = std::max(1.0, std::pow(std::log(1 / delta), 2) / squared_error_quantile(delta, 1, 1e4));
+    const double seen = s.variance, unseen = count * guard * guard / s.sampled;
+    s.variance = seen + unseen;
+    if (!(unseen > 0)) return;
+    s.dimension = s.variance * s.variance / (seen * seen / s.dimension + unseen * unseen);
+    if (seen > 0) s.dof *= s.variance / seen * (s.variance / seen);  // of the two only `seen` is estimated
+  }
+
   // Largest ‖Y‖ that a place of score <= bound can have, as far as the scores tell.
   [[nodiscard]] static double unseen_term(const look& l, float bound) noexcept {
     const estimate& e = l.now;
@@ -117,7 +128,8 @@ struct output {
   // Fewest rows k + m predicted to reach `tau`. Taking the ranks up to k' out of the residual leaves the
   // sampled rows that rank below k': their terms are the sample of the smaller residual.
   template <bound B>
-  [[nodiscard]] static split cheapest(const look& l, const sum_evidence& now, double variance, double tau) noexcept {
+  [[nodiscard]] static split cheapest(const look& l, const sum_evidence& now, const linearised_terms& y,
+                                      double tau) noexcept {
     // Aimed a little past the goal: one more look costs about as much as the rows it would save.
     constexpr double aim = 0.97;
     // A sample at most doubles at a look: a small one sees too heavy a tail and would ask for too much.
@@ -127,7 +139,7 @@ struct output {
     // Terms about c, scaled so that all of them give the variance about ô.
     tally all;
     for (const drawn_row& r : l.rows) all.add(term(r, e.reference));
-    const double per_term = all.sum > 0 ? variance * (e.sampled - 1) / all.sum : 0;
+    const double per_term = all.sum > 0 ? y.variance * (e.sampled - 1) / all.sum : 0;
 
     constexpr index_t none = std::numeric_limits<index_t>::max();
     split best{k, none};
@@ -138,7 +150,10 @@ struct output {
       const double guard = unseen_term(l, bound);
       double m = e.sampled;
       for (int i = 0; i < 3; ++i) {  // ν₂ and the guard's share depend on m: a fixed point in a few steps
-        s.variance = kept.sum * per_term / (kept.rows - 1) + guard * guard / m;
+        s.variance = kept.sum * per_term / (kept.rows - 1);
+        s.dimension = y.dimension;
+        s.sampled = m;
+        add_unseen(s, guard, l.settings.delta);
         // Without its heaviest terms the variance is the better known: the ranking lightens the tail.
         s.dof = now.dof * kept.effective() / all.effective() * m / kept.rows;
         m = std::max(kept.rows, sample_size<B>(s, aim * tau, l.settings.delta));

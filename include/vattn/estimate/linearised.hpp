@@ -48,8 +48,9 @@ struct linearised_terms {
   const double by_groups = t_sum > 0 ? (t_square / (t_sum * t_sum) - 1.0 / G) * G / g1 : 0.0;
   if (const double relative = std::max(by_rows, by_groups); relative > 0) y.dof = 2 / relative;
 
-  // Gram matrix of the groups' sums Z_g = Σ_g Y, centred; then the estimate of Tr(Σ²) that is unbiased
-  // for normal sums (Srivastava 2005), (G−1)²/((G−2)(G+1))·(Tr S² − (Tr S)²/(G−1)), S their covariance.
+  // Gram matrix of the groups' sums Z_g = Σ_g Y, centred, S their covariance; then the estimates of Tr(Σ²) and of
+  // (Tr Σ)² that are unbiased for normal sums (Srivastava 2005): (G−1)²/((G−2)(G+1))·(Tr S² − (Tr S)²/(G−1)) and
+  // (Tr S)² − 2 Tr(Σ²)/(G−1). Without the latter's correction one dimension would count as 1.13.
   std::array<std::array<double, G>, G> gram{};
   std::array<double, G> mean{};
   double overall = 0;
@@ -74,8 +75,9 @@ struct linearised_terms {
     }
   }
   const double square_trace = (trace_square - trace * trace / g1) / ((G - 2.0) * (G + 1.0));
-  y.dimension =
-      square_trace > 0 ? std::clamp(trace / g1 * (trace / g1) / square_trace, 1.0, static_cast<double>(n)) : 1.0;
+  y.dimension = square_trace > 0 ? std::clamp(trace / g1 * (trace / g1) / square_trace - 2 / g1, 1.0,
+                                              std::max(1.0, static_cast<double>(n)))
+                                 : 1.0;
   return y;
 }
 

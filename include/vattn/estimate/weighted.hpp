@@ -32,7 +32,10 @@ struct weighted_estimate {
   double variance = 0;                                   ///< V̂ = Σ t, t = (1 − π)/π²·‖Y‖²
   double dimension = 1;                                  ///< ν₁
   double dof = std::numeric_limits<double>::infinity();  ///< ν₂ = 2V̂²/Σt²
-  index_t certain = 0;                                   ///< rows of probability 1
+  /// ‖Cov(V̂, error)‖/V̂: a sample that lacks rows of one side is off to the other, and its V̂ is too small by `skew`
+  /// times the error.
+  double skew = 0;
+  index_t certain = 0;  ///< rows of probability 1
 };
 
 /// Groups to whose signed sums the rows are dealt, for Tr(Σ²).
@@ -52,7 +55,7 @@ template <kernel::row R>
 }
 
 /// `exact` holds the rows that are no part of `rows`, with power. Writes ô to `output` [dv] and each row's
-/// spread; `groups` is scratch, [(weighted_groups + 1)·dv]. The rows' values are read twice. `state` receives the
+/// spread; `groups` is scratch, [(weighted_groups + 2)·dv]. The rows' values are read twice. `state` receives the
 /// whole estimate: its finished output is ô, its log-sum-exp log D̂.
 template <kv_head Head>
 [[nodiscard]] weighted_estimate estimate_weighted(const query_row<Head>& row, const population& tokens,
@@ -81,13 +84,14 @@ template <kv_head Head>
   static_cast<void>(state.finish(output));
   e.output2 = static_cast<double>(kernel::const_float_map(output.data(), n).squaredNorm());
 
-  // Signs make the groups' sums Z_g unbiased for the cross terms: E (Z_g·Z_h)² = Σ_{i in g, j in h} (z_i·z_j)²,
-  // z = sqrt(1 − π)/π·Y.
+  // Signs make the groups' sums Z_g of z = sqrt(1 − π)/π·Y unbiased for both traces: E (Z_g·Z_h)² = Σ_{i in g, j in h}
+  // (z_i·z_j)² and E ‖Z_g‖²‖Z_h‖² = Σ ‖z_i‖²‖z_j‖².
   std::fill(groups.begin(), groups.end(), 0.0f);
   double fourth = 0;
   std::size_t g = 0;
   std::uint32_t coins = 0, left = 0;
-  const std::span<float> deviation = groups.subspan(weighted_groups * output.size());
+  const std::span<float> deviation = groups.subspan(weighted_groups * output.size(), output.size());
+  kernel::float_map third(groups.data() + (weighted_groups + 1) * output.size(), n);  // Cov(V̂, error)
   for (weighted_row& r : rows) {
     if (r.probability >= 1) continue;
     if (left == 0) coins = signs.next(), left = 32;
@@ -103,21 +107,24 @@ template <kv_head Head>
     e.variance += t;
     fourth += t * t;
     e.denominator_variance += root * root * x * x;
+    third += static_cast<float>(t * x * (1 - p) / p) * kernel::const_float_map(deviation.data(), n);
   }
+  if (e.variance > 0) e.skew = static_cast<double>(third.norm()) / e.variance;
   if (fourth > 0) e.dof = 2 * e.variance * e.variance / fourth;
-  double cross = 0;
+  // 1/ν₁ is the mean squared cosine between groups' sums, weighted by their lengths: exactly 1 in one dimension,
+  // where Tr(Σ)² from the rows over Tr(Σ²) from sixteen sums would scatter far above it.
+  std::array<double, weighted_groups> length2{};
+  double product = 0, aligned = 0;
   for (std::size_t a = 0; a < weighted_groups; ++a) {
     const kernel::const_float_map za(groups.data() + a * output.size(), n);
+    length2[a] = static_cast<double>(za.squaredNorm());
     for (std::size_t b = 0; b < a; ++b) {
-      const double product = za.dot(kernel::const_float_map(groups.data() + b * output.size(), n));
-      cross += 2 * product * product;
+      const double dot = static_cast<double>(za.dot(kernel::const_float_map(groups.data() + b * output.size(), n)));
+      product += length2[a] * length2[b];
+      aligned += dot * dot;
     }
   }
-  constexpr double share = 1.0 - 1.0 / weighted_groups;  // of the pairs of rows that lie in different groups
-  const double square_trace = cross / share;
-  if (square_trace > 0) {
-    e.dimension = std::clamp((e.variance * e.variance - fourth) / square_trace, 1.0, static_cast<double>(n));
-  }
+  if (aligned > 0) e.dimension = std::clamp(product / aligned, 1.0, static_cast<double>(n));
   return e;
 }
 

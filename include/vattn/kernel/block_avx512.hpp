@@ -287,6 +287,10 @@ VATTN_AVX512_INLINE float sum_of_lanes(__m512 v) noexcept {
   return lane[0];
 }
 
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wsign-conversion"  // of an intrinsic that is a macro where nothing is optimised
+#endif
 // As exponentials() in block_vectors.hpp: 2^k·e^r, the fused products making one constant of ln 2 enough.
 VATTN_TARGET_AVX512 inline float exponentials_avx512(float* x, index_t n, float top) noexcept {
   __m512 total = _mm512_setzero_ps();
@@ -294,7 +298,8 @@ VATTN_TARGET_AVX512 inline float exponentials_avx512(float* x, index_t n, float 
     const auto here = static_cast<__mmask16>(n - i >= 16 ? 0xffff : (1 << (n - i)) - 1);
     const __m512 v = _mm512_sub_ps(_mm512_maskz_loadu_ps(here, x + i), _mm512_set1_ps(top));
     const __mmask16 used = _mm512_mask_cmp_ps_mask(here, v, _mm512_set1_ps(-87.0f), _CMP_GE_OQ);
-    const __m512 k = _mm512_maskz_roundscale_ps(all_16, _mm512_mul_ps(v, _mm512_set1_ps(1.44269504f)), 0x08);
+    const __m512 k = _mm512_maskz_cvtepi32_ps(
+        all_16, _mm512_maskz_cvtps_epi32(all_16, _mm512_mul_ps(v, _mm512_set1_ps(1.44269504f))));
     const __m512 r = _mm512_fnmadd_ps(k, _mm512_set1_ps(0.693147181f), v);
     __m512 p = _mm512_fmadd_ps(r, _mm512_set1_ps(1.0f / 720), _mm512_set1_ps(1.0f / 120));
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 24));
@@ -308,6 +313,9 @@ VATTN_TARGET_AVX512 inline float exponentials_avx512(float* x, index_t n, float 
   }
   return sum_of_lanes(total);
 }
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 
 VATTN_TARGET_AVX512 inline bool maximum_avx512(const float* x, index_t n, float& top) noexcept {
   const __m512 least = _mm512_set1_ps(-std::numeric_limits<float>::infinity());

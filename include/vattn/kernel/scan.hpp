@@ -40,7 +40,7 @@ struct code_blocks {
 
 /// What a scan asks. Spans are the caller's.
 struct scan_query {
-  const std::uint8_t* tables = nullptr;  ///< [heads][groups][64], each at most 63
+  const std::uint8_t* tables = nullptr;  ///< [heads][groups][64], each at most 63, a key's at most `largest_sum`
   int heads = 0;
   std::array<std::int16_t, scan_heads> bias{};
   std::array<float, scan_heads> plain{}, floor{}, slack{}, sure{};  ///< steps; the last two a unit of ρ
@@ -49,6 +49,8 @@ struct scan_query {
   std::int16_t cut = 0;                                             ///< steps, <= 0
   std::uint64_t numbers = 0;                                        ///< names the call's numbers u
 
+  /// 16 times a key's sum is a number of 16 bits.
+  static constexpr int largest_sum = 2047;
   /// Step that `noise_factor` and `reach_factor` allow, nats.
   static constexpr float smallest_step = 1.0f / 256;
 };
@@ -94,13 +96,16 @@ struct noise_table {
 [[nodiscard]] inline int multiply_round(int a, int b) noexcept { return (a * b + 16384) >> 15; }
 
 inline void block_thresholds(const scan_query& q, float radius, std::int16_t* out, std::int16_t* certain) noexcept {
-  const auto whole = [](float t) {  // towards zero, without a call of floor(): what is stated is what is drawn with
-    return static_cast<std::int16_t>(std::max(-32767.0f, std::min(32767.0f, t)));
+  const auto whole = [](double t) {  // towards zero, without a call of floor(): what is stated is what is drawn with
+    return static_cast<std::int16_t>(std::max(-32767.0, std::min(32767.0, t)));
   };
+  // In double products are exact, so that it is the same with and without fused multiply-add.
+  const auto rho = static_cast<double>(radius);
   for (int h = 0; h < q.heads; ++h) {
     const auto i = static_cast<std::size_t>(h);
-    out[h] = whole(std::min(q.plain[i], q.floor[i] - q.slack[i] * radius));
-    certain[h] = whole(q.floor[i] - q.sure[i] * radius);
+    const auto floor = static_cast<double>(q.floor[i]);
+    out[h] = whole(std::min(static_cast<double>(q.plain[i]), floor - static_cast<double>(q.slack[i]) * rho));
+    certain[h] = whole(floor - static_cast<double>(q.sure[i]) * rho);
   }
 }
 
@@ -316,7 +321,8 @@ template <class Levels>
   return (((65536 * (least * (-1.0f / 1024)).exp() + 0.5f).floor()).max(0.5f) / 65536).eval();
 }
 
-/// Scans blocks [first, last) and appends those taken to `out` (rows count from block 0, ascending). Returns how many
+/// Scans blocks [first, last) and appends those taken to `out` (rows count from block 0; within a block the even ones
+/// come first). Returns how many
 /// are in `out`, or −1 where it is full. The same numbers of steps for every instruction set.
 [[nodiscard]] inline index_t scan(isa how, const scan_query& q, const code_blocks& codes, index_t first, index_t last,
                                   scan_pick* out, index_t have, index_t capacity) noexcept {

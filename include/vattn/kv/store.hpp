@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <span>
 #include <vector>
 
@@ -132,6 +133,11 @@ class shuffled_store {
   [[nodiscard]] status reserve(index_t n) noexcept {
     if (status s = validate(); !s) return s;
     if (n <= capacity_) return {};
+    const index_t row = shape_.n_kv_heads * std::max(shape_.dk, shape_.dv) * static_cast<index_t>(sizeof(T));
+    if (n >> 31 != 0 || n > std::numeric_limits<index_t>::max() / 2 / row) {
+      return status::error(errc::invalid_argument, "a store of %lld tokens: give it less than 2^31 tokens a sequence",
+                           static_cast<long long>(n));
+    }
     page_buffer k, v;
     const auto heads = static_cast<std::size_t>(shape_.n_kv_heads), rows = static_cast<std::size_t>(n);
     const std::size_t wide_k = static_cast<std::size_t>(shape_.dk) * sizeof(T);
@@ -179,6 +185,10 @@ class shuffled_store {
                            static_cast<long long>(cache.n_kv_heads()), static_cast<long long>(cache.dk()),
                            static_cast<long long>(cache.dv()), static_cast<long long>(shape_.n_kv_heads),
                            static_cast<long long>(shape_.dk), static_cast<long long>(shape_.dv));
+    }
+    if (b < 0 || b >= cache.n_batch()) {
+      return status::error(errc::invalid_argument, "sequence %lld of a cache of %lld: give one that it has",
+                           static_cast<long long>(b), static_cast<long long>(cache.n_batch()));
     }
     clear();
     const index_t n = cache.head(b, 0).size();

@@ -312,10 +312,7 @@ template <class Q, kv_cache KV, executor E, class Attend>
   const index_t tasks = q.extents[0] * n_queries * cache.n_kv_heads() * parts;
   std::atomic<index_t> failed{-1};
   std::atomic<bool> lagging{false};
-  std::atomic<index_t> done{0};
   const auto run = [&](index_t task, index_t worker) {
-    if (task < 0 || task >= tasks || worker < 0 || worker >= workers) return;
-    done.fetch_add(1, std::memory_order_relaxed);
     const index_t part = task % parts, kv = task / parts % cache.n_kv_heads();
     const index_t t = task / parts / cache.n_kv_heads() % n_queries, b = task / parts / cache.n_kv_heads() / n_queries;
     const index_t first_head = kv * group + part * shared;
@@ -358,27 +355,7 @@ template <class Q, kv_cache KV, executor E, class Attend>
       if (one.c.exact()) one.s.chosen.all(one.tokens);
     }
   };
-#if VATTN_HAS_EXCEPTIONS
-  try {
-    exec.for_each(tasks, run);
-  } catch (...) {
-    done = -1;
-  }
-#else
-  exec.for_each(tasks, run);
-#endif
-  index_t share = tasks;
-  if constexpr (requires { exec.share(tasks); }) share = exec.share(tasks);
-  if (const index_t ran = done.load(); ran != share) {
-    if (ran < 0) {
-      return status::error(errc::executor_failed,
-                           "the executor threw: call again, with vattn::serial_executor if it keeps failing");
-    }
-    return status::error(errc::executor_failed,
-                         "the executor ran %lld of %lld tasks: for_each(n, f) must call f(task, worker) once for each "
-                         "task in [0, n), with worker in [0, workers())",
-                         static_cast<long long>(ran), static_cast<long long>(share));
-  }
+  if (status st = run_tasks(exec, tasks, run); !st) return st;
   if (const index_t place = failed.load(); place >= 0) {
     if (lagging.load()) {
       return status::error(

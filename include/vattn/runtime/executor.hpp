@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "vattn/config.hpp"
+#include "vattn/status.hpp"
 
 namespace vattn {
 
@@ -25,6 +26,43 @@ concept executor = requires(E& e, index_t n) {
   { e.workers() } -> std::convertible_to<index_t>;
   e.for_each(n, task_probe{});
 };
+
+/// Does a part of the tasks on purpose, and leaves the others to its like.
+template <class E>
+concept partial_executor = executor<E> && requires(const E& e, index_t n) {
+  { e.share(n) } -> std::convertible_to<index_t>;
+};
+
+/// f(task, worker) for every task of [0, tasks), by an executor that may not do what it must: then a status.
+template <executor E, class F>
+[[nodiscard]] status run_tasks(E& exec, index_t tasks, F&& f) noexcept {
+  const index_t workers = exec.workers();
+  std::atomic<index_t> done{0};
+  const auto run = [&](index_t task, index_t worker) {
+    if (task < 0 || task >= tasks || worker < 0 || worker >= workers) return;
+    done.fetch_add(1, std::memory_order_relaxed);
+    f(task, worker);
+  };
+#if VATTN_HAS_EXCEPTIONS
+  try {
+    exec.for_each(tasks, run);
+  } catch (...) {
+    return status::error(errc::executor_failed,
+                         "the executor threw: call again, with vattn::serial_executor if it keeps failing");
+  }
+#else
+  exec.for_each(tasks, run);
+#endif
+  index_t share = tasks;
+  if constexpr (partial_executor<E>) share = exec.share(tasks);
+  if (const index_t ran = done.load(); ran != share) {
+    return status::error(errc::executor_failed,
+                         "the executor ran %lld of %lld tasks: for_each(n, f) must call f(task, worker) once for each "
+                         "task in [0, n), with worker in [0, workers())",
+                         static_cast<long long>(ran), static_cast<long long>(share));
+  }
+  return {};
+}
 
 /// The calling thread. Allocates nothing.
 struct serial_executor {

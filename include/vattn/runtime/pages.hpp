@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstring>
+#include <limits>
 #include <new>
 #include <utility>
 
@@ -40,6 +41,7 @@ class page_buffer {
   [[nodiscard]] bool reserve(std::size_t bytes) noexcept {
     if (bytes <= capacity_) return true;
     const std::size_t alignment = bytes >= huge ? huge : small;
+    if (bytes > std::numeric_limits<std::size_t>::max() / 2) return false;  // the sum below would wrap around
     const std::size_t rounded = (bytes + alignment - 1) / alignment * alignment;
     auto* fresh = static_cast<std::byte*>(::operator new (rounded, std::align_val_t{alignment}, std::nothrow));
     if (fresh == nullptr) return false;

@@ -14,7 +14,7 @@ struct importance_shape {
   double pilot = 96;       ///< expected rows of the first look, besides the exact ones
   double tempered = 0.5;   ///< share of the weights that follow e^{βs}, not e^{s}
   double defensive = 0.1;  ///< weight, on top, that does not follow the score at all
-  double z = 2.75;         ///< standard errors by which the floor allows a score to be too low
+  double z = 2.5;          ///< standard errors by which the floor allows a score to be too low
   double kappa = 0.5;      ///< share of ε that one missed token at its floor may cost
 };
 
@@ -55,7 +55,9 @@ inline void draw_numbers(std::span<float> numbers, index_t first, index_t last, 
 ///   w_i  weights that sum to 1 + defensive: ½ norm(e^s vn) + ½ norm(e^{βs} vn) + 0.1 norm(vn)
 ///   f_i  e^{s + zσ}(r_i + K), what the token may move the output if its score is z errors too low: r_i its value's
 ///        distance from the centre, K the output's. λ makes it a floor, without which a heavy token that the score
-///        hides and the sample misses leaves no trace
+///        hides and the sample misses leaves no trace. At least κ·ln(1/δ)·e^{s + σ²/2}(r_i + K): of many tokens ln(1/δ)
+///        expected rows are missed together as often as δ, and then cost κ·ε each if they weigh their floor, not so
+///        much if they weigh what honest scores let them weigh in the mean
 /// `prior` (1 where it is empty): the tokens are themselves a sample, taken by the same numbers u_i < prior_i;
 /// then π_i is the probability over both phases, exactly, and norm() estimates sums over all tokens.
 /// Holds spans over the caller's memory, [n] each.
@@ -66,11 +68,12 @@ class importance {
              std::span<const float> prior = {}) noexcept
       : weight_(weight), floor_(floor), reach_(reach), prior_(prior) {}
 
-  /// `scores` and `errors` are the estimated logits and their error scales σ, `distance` the r_i as a function of
-  /// the place; the weights take vn = r + a tenth of their mean. Places before `first` and from `last` on are exact.
+  /// `delta` is that of the promise. `scores` and `errors` are the estimated logits and their error scales σ,
+  /// `distance` the r_i as a function of the place; the weights take vn = r + a tenth of their mean. Places before
+  /// `first` and from `last` on are exact.
   template <class Distance>
   void prepare(std::span<const float> scores, std::span<const float> errors, Distance&& distance, index_t first,
-               index_t last, double beta, const importance_shape& shape) noexcept {
+               index_t last, double beta, const importance_shape& shape, double delta) noexcept {
     first_ = first;
     last_ = last;
     top_ = -std::numeric_limits<float>::infinity();
@@ -97,9 +100,11 @@ class importance {
     const auto share = [](double part, double sum) { return sum > 0 ? static_cast<float>(part / sum) : 0.0f; };
     const float a = share(1 - shape.tempered, plain), t = share(shape.tempered, tempered),
                 d = share(shape.defensive, flat);
+    const auto together = static_cast<float>(std::log(shape.kappa * std::log(1 / delta)));
     for (index_t i = first; i < last; ++i) {
       weight_[at(i)] = a * weight_[at(i)] + t * floor_[at(i)] + d * value(i);
-      floor_[at(i)] = std::exp(scores[at(i)] - top_ + z * errors[at(i)]);
+      const float sigma = errors[at(i)];
+      floor_[at(i)] = std::exp(scores[at(i)] - top_ + std::max(z * sigma, sigma * sigma / 2 + together));
     }
   }
 

@@ -200,7 +200,8 @@ class block_codes {
     const auto k = static_cast<std::size_t>(row % kernel::scan_keys);
     for (std::size_t p = 0; p < static_cast<std::size_t>(planes_); ++p) to[p * kernel::scan_keys + k] = std::byte{0};
     float alpha = 0, rho = std::numeric_limits<float>::infinity();
-    if (std::isfinite(square) && std::isfinite(distance)) {
+    // Squares of what is larger still overflow below, and would hide an error: such a key is read for certain.
+    if (square < 1e34f && std::isfinite(distance)) {
       // Half steps of optimal uniform quantisers of a normal variable, in standard deviations (Max 1960).
       const float half = bits_ == 1 ? 1.0f : bits_ == 2 ? 0.4979f : 0.2930f;
       const int levels = 1 << bits_, per = 6 / bits_;

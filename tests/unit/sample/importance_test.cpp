@@ -18,7 +18,7 @@ struct setup {
   explicit setup(std::uint64_t seed)
       : scores(400), errors(400, 0.5f), weight(400), floor(400), reach(400), number(400), pi(weight, floor, reach) {
     for (std::size_t i = 0; i < scores.size(); ++i) scores[i] = std::sin(static_cast<float>(i)) * 3;
-    pi.prepare(scores, errors, [](index_t) { return 1.0f; }, 10, 390, 0.8, {});
+    pi.prepare(scores, errors, [](index_t) { return 1.0f; }, 10, 390, 0.8, {}, 0.2);
     sample::draw_numbers(number, 10, 390, random_stream({.seed = seed}, 0));
   }
   [[nodiscard]] bool kept(index_t i, double c, double lambda) const {
@@ -57,7 +57,7 @@ TEST_CASE("a prior caps the probabilities, and sums over its tokens stand for al
   std::vector<float> prior(400, 0.5f);
   for (std::size_t i = 0; i < 400; ++i) s.scores[i] = static_cast<float>(i % 2);
   sample::importance pi(s.weight, s.floor, s.reach, prior);
-  pi.prepare(s.scores, s.errors, [](index_t) { return 1.0f; }, 10, 390, 1, {});
+  pi.prepare(s.scores, s.errors, [](index_t) { return 1.0f; }, 10, 390, 1, {}, 0.2);
   double sum = 0;
   for (index_t i = 10; i < 390; ++i) {
     sum += static_cast<double>(s.weight[static_cast<std::size_t>(i)]) / 0.5;

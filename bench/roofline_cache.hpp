@@ -1,0 +1,155 @@
+// Caches for `roofline`: any regime at up to a million tokens, in seconds, in memory with huge pages by advice.
+#pragma once
+
+#include <Eigen/Core>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "support/regimes.hpp"
+#include "vattn/vattn.hpp"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace vattn::bench {
+
+/// Bytes that the system is asked to back with huge pages.
+class huge_buffer {
+ public:
+  huge_buffer() = default;
+  explicit huge_buffer(std::size_t bytes) : bytes_(bytes) {
+    constexpr std::size_t page = std::size_t{1} << 21;
+    void* p = std::aligned_alloc(page, (bytes + page - 1) / page * page);
+    if (p == nullptr)
+      throw std::runtime_error("no memory for " + std::to_string(bytes >> 20) + " MiB: give a smaller --n");
+#if defined(__linux__)
+    static_cast<void>(madvise(p, bytes, MADV_HUGEPAGE));
+#endif
+    data_.reset(static_cast<std::byte*>(p));
+  }
+  [[nodiscard]] std::byte* data() const noexcept { return data_.get(); }
+  [[nodiscard]] std::size_t size() const noexcept { return bytes_; }
+
+ private:
+  struct release {
+    void operator()(std::byte* p) const noexcept { std::free(p); }
+  };
+  std::unique_ptr<std::byte, release> data_;
+  std::size_t bytes_ = 0;
+};
+
+struct cache_shape {
+  std::string regime;
+  index_t n = 0, heads = 0, kv_heads = 0, dim = 0;
+  bool agree = false;  ///< heads of a group have the first one's logits + 0.1·N(0, 1)
+};
+
+/// K and V apart, [n_kv_heads, n, dim], and one query [heads, dim] of bfloat16 numbers whose logits are those of the
+/// regime, up to the rounding of T. Values are N(0, I) plus a vector that the tokens of a KV head share.
+template <class T>
+class roofline_cache {
+ public:
+  roofline_cache(const cache_shape& shape, std::uint64_t seed)
+      : shape_(shape),
+        row_(kernel::row_bytes<T>(shape.dim)),
+        k_(static_cast<std::size_t>(shape.kv_heads * shape.n * row_)),
+        v_(k_.size()),
+        query_(static_cast<std::size_t>(shape.heads * shape.dim)) {
+    // Noise is cut from a table: two cuts added are as good as new, and a hundred times faster.
+    std::mt19937_64 random(seed);
+    std::normal_distribution<float> normal(0, std::sqrt(0.5f));
+    noise_.resize(static_cast<std::size_t>(noise_size + shape.dim));
+    for (float& x : noise_) x = normal(random);
+    for (index_t kv = 0; kv < shape.kv_heads; ++kv) fill(kv, random());
+  }
+
+  [[nodiscard]] const cache_shape& shape() const noexcept { return shape_; }
+  [[nodiscard]] std::size_t bytes() const noexcept { return k_.size() + v_.size(); }
+  [[nodiscard]] index_t row_bytes() const noexcept { return row_; }
+  [[nodiscard]] const std::byte* k(index_t kv) const noexcept { return k_.data() + kv * shape_.n * row_; }
+  [[nodiscard]] const std::byte* v(index_t kv) const noexcept { return v_.data() + kv * shape_.n * row_; }
+  [[nodiscard]] tensor_view<const float, 4> query() const noexcept {
+    return {query_.data(), {1, 1, shape_.heads, shape_.dim}};
+  }
+  [[nodiscard]] auto view() const noexcept {
+    const auto& s = shape_;
+    if constexpr (kernel::quantised_block<T>) {
+      const std::array<index_t, 4> ne{s.dim, s.n, s.kv_heads, 1},
+          nb{sizeof(T), row_, s.n * row_, s.kv_heads * s.n * row_};
+      return ggml_kv<T>({k_.data(), ne, nb}, {v_.data(), ne, nb});
+    } else {
+      return contiguous_kv(reinterpret_cast<const T*>(k_.data()), reinterpret_cast<const T*>(v_.data()),
+                           {.n_kv_heads = s.kv_heads, .n_tokens = s.n, .dk = s.dim, .dv = s.dim});
+    }
+  }
+  [[nodiscard]] attention_options options() const noexcept {
+    attention_options o;
+    o.scale = 1 / std::sqrt(static_cast<float>(shape_.dim));
+    return o;
+  }
+
+ private:
+  static constexpr index_t noise_size = index_t{1} << 20;
+
+  [[nodiscard]] Eigen::Map<const Eigen::VectorXf> cut(std::mt19937_64& random) const {
+    return {noise_.data() + static_cast<index_t>(random() % noise_size), shape_.dim};
+  }
+
+  void store(const Eigen::VectorXf& row, std::byte* to) const {
+    if constexpr (kernel::quantised_block<T>) {
+      kernel::quantise(row.data(), static_cast<std::size_t>(row.size()), reinterpret_cast<T*>(to));
+    } else {
+      for (index_t d = 0; d < row.size(); ++d) reinterpret_cast<T*>(to)[d] = static_cast<T>(row[d]);
+    }
+  }
+
+  void fill(index_t kv, std::uint64_t seed) {
+    std::mt19937_64 random(seed);
+    std::normal_distribution<float> normal;
+    const index_t group = shape_.heads / shape_.kv_heads, dim = shape_.dim, n = shape_.n;
+    if (group > dim) throw std::runtime_error("more query heads of a KV head than elements: give fewer --heads");
+    // Columns of `queries` have the length √dim, nearly, and those of `duals`, times a logit, are what a key has of it.
+    Eigen::MatrixXf queries(dim, group);
+    for (float& x : queries.reshaped()) x = normal(random);
+    queries = Eigen::MatrixXf(Eigen::HouseholderQR<Eigen::MatrixXf>(queries).householderQ() *
+                              Eigen::MatrixXf::Identity(dim, group)) *
+              std::sqrt(static_cast<float>(dim));
+    for (float& x : queries.reshaped()) x = static_cast<float>(static_cast<Eigen::bfloat16>(x));
+    for (index_t g = 0; g < group; ++g) std::copy_n(queries.col(g).data(), dim, query_.data() + (kv * group + g) * dim);
+    const Eigen::MatrixXf scaled = queries / std::sqrt(static_cast<float>(dim));
+    const Eigen::MatrixXf duals = scaled * (scaled.transpose() * scaled).inverse();
+
+    Eigen::MatrixXf logits(group, n);
+    for (index_t g = 0; g < group; ++g) {
+      if (g > 0 && shape_.agree) {
+        for (index_t i = 0; i < n; ++i) logits(g, i) = logits(0, i) + 0.1f * normal(random);
+      } else {
+        const std::vector<float> l = synthetic::make_logits(shape_.regime, n, random);
+        for (index_t i = 0; i < n; ++i) logits(g, i) = l[static_cast<std::size_t>(i)];
+      }
+    }
+    Eigen::VectorXf shared(dim), row(dim), left(group);
+    for (float& x : shared) x = normal(random);
+    for (index_t i = 0; i < n; ++i) {
+      row = cut(random) + cut(random);
+      left = logits.col(i) - scaled.transpose() * row;
+      row.noalias() += duals * left;
+      store(row, k_.data() + (kv * n + i) * row_);
+      row = cut(random) + cut(random) + shared;
+      store(row, v_.data() + (kv * n + i) * row_);
+    }
+  }
+
+  cache_shape shape_;
+  index_t row_;
+  huge_buffer k_, v_;
+  std::vector<float> query_, noise_;
+};
+
+}  // namespace vattn::bench

@@ -1,0 +1,206 @@
+// What `roofline` times: the memory itself, dense attention, and verified sparse modes, behind one interface.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "roofline_cache.hpp"
+#include "vattn/runtime/thread_pool.hpp"
+
+namespace vattn::bench {
+
+/// What a decode step is given, and where it leaves its results.
+template <class T>
+struct roofline_step {
+  const roofline_cache<T>& cache;
+  thread_pool& pool;
+  double epsilon, delta;
+  std::vector<float>& output;              // [heads, dim]
+  std::vector<certificate>& certificates;  // [heads]
+
+  [[nodiscard]] attention_result result() const {
+    const cache_shape& s = cache.shape();
+    return {.output = {output.data(), {1, 1, s.heads, s.dim}}, .certificates = {certificates.data(), {1, 1, s.heads}}};
+  }
+};
+
+/// One row of the table. To add one: derive, and append it to `make_modes`.
+template <class T>
+class roofline_mode {
+ public:
+  explicit roofline_mode(std::string name) : name_(std::move(name)) {}
+  virtual ~roofline_mode() = default;
+  [[nodiscard]] const std::string& name() const noexcept { return name_; }
+  /// Builds stores, sketches and indices; not timed.
+  virtual void prepare(const roofline_step<T>&) {}
+  /// One step, timed. `number` counts steps: a seed.
+  virtual status run(const roofline_step<T>&, std::uint32_t number) = 0;
+  /// Bytes that a step reads; 0 if unknown.
+  [[nodiscard]] virtual double bytes() const { return 0; }
+  /// Whether outputs are attention's, to be compared with the truth, and whether ε is promised.
+  [[nodiscard]] virtual bool attends() const { return true; }
+  [[nodiscard]] virtual bool verifies() const { return false; }
+
+ private:
+  std::string name_;
+};
+
+/// Sum of the words of a range, asked for 4 KB ahead.
+[[nodiscard]] inline std::uint64_t sum_of_words(const std::byte* from, std::size_t bytes) noexcept {
+  std::uint64_t sum[8] = {};
+  for (std::size_t at = 0; at + 64 <= bytes; at += 64) {
+#if defined(__GNUC__)
+    __builtin_prefetch(from + at + 4096);
+#endif
+    std::uint64_t line[8];
+    std::memcpy(line, from + at, 64);
+    for (int j = 0; j < 8; ++j) sum[j] += line[j];
+  }
+  return sum[0] + sum[1] + sum[2] + sum[3] + sum[4] + sum[5] + sum[6] + sum[7];
+}
+
+/// All of K and V, once: the limit of what reads every row.
+template <class T>
+class read_mode : public roofline_mode<T> {
+ public:
+  read_mode() : roofline_mode<T>("read") {}
+  void prepare(const roofline_step<T>& s) override { bytes_ = static_cast<double>(s.cache.bytes()); }
+  status run(const roofline_step<T>& s, std::uint32_t) override {
+    const index_t n = s.cache.shape().n, chunk = std::min<index_t>(n, 4096), chunks = (n + chunk - 1) / chunk;
+    const index_t row = s.cache.row_bytes();
+    s.pool.for_each(2 * s.cache.shape().kv_heads * chunks, [&](index_t task, index_t) {
+      const index_t kv = task / chunks / 2, first = task % chunks * chunk;
+      const std::byte* from = task / chunks % 2 == 0 ? s.cache.k(kv) : s.cache.v(kv);
+      sink_.fetch_add(sum_of_words(from + first * row, static_cast<std::size_t>(std::min(chunk, n - first) * row)),
+                      std::memory_order_relaxed);
+    });
+    return {};
+  }
+  [[nodiscard]] double bytes() const override { return bytes_; }
+  [[nodiscard]] bool attends() const override { return false; }
+
+ private:
+  double bytes_ = 0;
+  std::atomic<std::uint64_t> sink_{0};
+};
+
+/// K and V rows of a random hundredth of the tokens: what gathering can reach.
+template <class T>
+class random_rows_mode : public roofline_mode<T> {
+ public:
+  random_rows_mode() : roofline_mode<T>("random_rows") {}
+  void prepare(const roofline_step<T>& s) override {
+    const cache_shape& c = s.cache.shape();
+    rows_.resize(static_cast<std::size_t>(std::max<index_t>(16, c.n / 100)));
+    bytes_ = static_cast<double>(2 * c.kv_heads * static_cast<index_t>(rows_.size()) * s.cache.row_bytes());
+  }
+  status run(const roofline_step<T>& s, std::uint32_t number) override {
+    std::mt19937_64 random(number);  // other rows each time: those of the last step are in the cache
+    for (ordinal& r : rows_) r = static_cast<ordinal>(random() % static_cast<std::uint64_t>(s.cache.shape().n));
+    const index_t row = s.cache.row_bytes(), parts = 8, count = static_cast<index_t>(rows_.size());
+    s.pool.for_each(s.cache.shape().kv_heads * parts, [&](index_t task, index_t) {
+      const index_t kv = task / parts, first = task % parts * count / parts, last = (task % parts + 1) * count / parts;
+      constexpr index_t ahead = 8;
+      std::uint64_t sum = 0;
+      for (index_t j = first; j < last; ++j) {
+        for (const std::byte* from : {s.cache.k(kv), s.cache.v(kv)}) {
+          const std::byte* next = from + rows_[static_cast<std::size_t>(std::min(j + ahead, last - 1))] * row;
+#if defined(__GNUC__)
+          for (index_t byte = 0; byte < row; byte += 64) __builtin_prefetch(next + byte);
+#endif
+          const std::byte* here = from + rows_[static_cast<std::size_t>(j)] * row;
+          for (index_t byte = 0; byte + 8 <= row; byte += 8) {
+            std::uint64_t word;
+            std::memcpy(&word, here + byte, 8);
+            sum += word;
+          }
+        }
+      }
+      sink_.fetch_add(sum, std::memory_order_relaxed);
+    });
+    return {};
+  }
+  [[nodiscard]] double bytes() const override { return bytes_; }
+  [[nodiscard]] bool attends() const override { return false; }
+
+ private:
+  std::vector<ordinal> rows_;
+  double bytes_ = 0;
+  std::atomic<std::uint64_t> sink_{0};
+};
+
+template <class T>
+class dense_mode : public roofline_mode<T> {
+ public:
+  dense_mode() : roofline_mode<T>("dense") {}
+  void prepare(const roofline_step<T>& s) override { bytes_ = static_cast<double>(s.cache.bytes()); }
+  status run(const roofline_step<T>& s, std::uint32_t) override {
+    return exact_attention(s.cache.query(), s.cache.view(), s.cache.options(), s.result(), memory_, s.pool);
+  }
+  [[nodiscard]] double bytes() const override { return bytes_; }
+
+ private:
+  double bytes_ = 0;
+  workspace memory_;
+};
+
+/// vattention<Policy> whose selector needs no preparation.
+template <class T, class Policy>
+class functor_mode : public roofline_mode<T> {
+ public:
+  using roofline_mode<T>::roofline_mode;
+  status run(const roofline_step<T>& s, std::uint32_t number) override {
+    config c;
+    c.epsilon = s.epsilon;
+    c.delta = s.delta;
+    return vattention<Policy>(c)(s.cache.query(), s.cache.view(), s.cache.options(), s.result(), memory_,
+                                 {.seed = 1, .step = number}, s.pool);
+  }
+  [[nodiscard]] bool verifies() const override { return true; }
+
+ private:
+  workspace memory_;
+};
+
+/// Sinks, window and a uniform sample: a verified mode that looks at nothing but what it reads.
+struct uniform_policy : default_policy {
+  using selector = select::none;
+};
+
+/// The functor over a store: a scan of codes, picks and a slice, or all rows where it predicts that to be faster.
+template <class T>
+class store_mode : public roofline_mode<T> {
+ public:
+  store_mode() : roofline_mode<T>("store") {}
+  void prepare(const roofline_step<T>& s) override {
+    const cache_shape& c = s.cache.shape();
+    store_ = shuffled_store<T>({.n_kv_heads = c.kv_heads, .dk = c.dim, .dv = c.dim, .seed = 1});
+    if (const status made = store_.assign(s.cache.view()); !made) throw std::runtime_error(made.message());
+  }
+  status run(const roofline_step<T>& s, std::uint32_t number) override {
+    config c;
+    c.epsilon = s.epsilon;
+    c.delta = s.delta;
+    return vattention<store_policy>(c)(s.cache.query(), store_, s.cache.options(), s.result(), memory_,
+                                       {.seed = 1, .step = number}, s.pool);
+  }
+  [[nodiscard]] bool verifies() const override { return true; }
+
+ private:
+  shuffled_store<T> store_;
+  workspace memory_;
+};
+
+template <class T>
+[[nodiscard]] std::vector<std::unique_ptr<roofline_mode<T>>> make_modes() {
+  std::vector<std::unique_ptr<roofline_mode<T>>> modes;
+  modes.push_back(std::make_unique<read_mode<T>>());
+  modes.push_back(std::make_unique<random_rows_mode<T>>());
+  modes.push_back(std::make_unique<dense_mode<T>>());
+  modes.push_back(std::make_unique<functor_mode<T, uniform_policy>>("uniform"));
+  if constexpr (kernel::element<T>) modes.push_back(std::make_unique<store_mode<T>>());
+  return modes;
+}
+
+}  // namespace vattn::bench
