@@ -21,7 +21,7 @@ nlohmann::json measured(const std::string& arguments) {
 TEST_CASE("a ggml graph with our ops gives ggml's result", "[programs][ggml]") {
   for (const char* type : {"f32", "f16", "bf16"}) {
     const auto j =
-        measured("--n 4096 --heads 8/2 --dim 64 --epsilon 0.2 --steps 20 --threads 2 --type " + std::string(type));
+        measured("--n 4096 --heads 8/2 --dim 64 --epsilon 0.2 --steps 5 --threads 2 --type " + std::string(type));
     CAPTURE(type);
     const auto& flash = j["rows"][0];
     const auto& exact = j["rows"][1];
@@ -29,17 +29,25 @@ TEST_CASE("a ggml graph with our ops gives ggml's result", "[programs][ggml]") {
     // ggml adds up values of half precision in half precision.
     CHECK(flash["error_to_double"].get<double>() < (std::string(type) == "f32" ? 1e-4 : 0.1));
     CHECK(exact["error_to_double"].get<double>() < 1e-5);
-    const auto& c = j["certificates"];
-    CHECK(c["total"] == 160);
-    CHECK(c["density"].get<double>() < 0.9);
-    CHECK(c["failures"].get<int>() < 32);  // of 160 at δ = 0.1: more with probability 1e-4
-    CHECK(j["rows"][2]["error_to_double"].get<double>() < 0.6);
-    CHECK(j["rows"][2]["error_to_exact_mean"].get<double>() > 0);
+    // So few rows are read in full, or the promise is kept.
+    CHECK(j["rows"][2]["error_to_double"].get<double>() < 0.4);
+    CHECK(j["certificates"]["total"] == 40);
   }
 }
 
+TEST_CASE("a long cache is attended from its store, within the certificate", "[programs][ggml]") {
+  const auto j = measured("--n 32768 --heads 8/2 --dim 64 --epsilon 0.2 --steps 20");
+  const auto& c = j["certificates"];
+  CHECK(c["read_in_full"] == 0);
+  CHECK(c["density"].get<double>() < 0.1);
+  CHECK(c["total"] == 160);
+  CHECK(c["failures"].get<int>() < 32);  // at δ = 0.1: more with probability 1e-4
+  CHECK(j["rows"][2]["error_to_exact_mean"].get<double>() > 1e-3);
+  CHECK(j["rows"][1]["error_to_double"].get<double>() < 1e-5);
+}
+
 TEST_CASE("the number of ggml's threads does not change our result", "[programs][ggml]") {
-  const std::string what = "--n 4096 --heads 6/3 --dim 32 --epsilon 0.2 --steps 3 --threads ";
+  const std::string what = "--n 16384 --heads 6/3 --dim 32 --epsilon 0.2 --steps 3 --threads ";
   const auto one = measured(what + "1"), three = measured(what + "3");
   for (const std::size_t row : {std::size_t{1}, std::size_t{2}})
     CHECK(one["rows"][row]["error_to_double"] == three["rows"][row]["error_to_double"]);

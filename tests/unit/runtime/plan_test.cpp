@@ -114,7 +114,7 @@ TEST_CASE("a plan for a selector over indices, and another layer's", "[runtime][
 }
 
 TEST_CASE("a plan over a store gives the functor's bits for any number of threads", "[runtime][plan]") {
-  problem<float> p({.heads = 8, .kv_heads = 4, .n = 6000, .dk = 32, .dv = 16});
+  problem<float> p({.heads = 8, .kv_heads = 4, .n = 20000, .dk = 32, .dv = 16});
   for (float& x : p.v) x += 2;  // values that do not cancel: less than all rows will do
   shuffled_store<float> store({.n_kv_heads = 4, .dk = 32, .dv = 16});
   REQUIRE(store.assign(p.cache()).ok());
@@ -125,7 +125,7 @@ TEST_CASE("a plan over a store gives the functor's bits for any number of thread
   CHECK_FALSE(want.certificates[0].exact());
   for (const index_t nth : {1, 3, 9}) {
     const auto planned = plan<store_policy>(
-        {.n_q_heads = 8, .n_kv_heads = 4, .max_tokens = 6100, .dk = 32, .dv = 16, .threads = nth}, settings);
+        {.n_q_heads = 8, .n_kv_heads = 4, .max_tokens = 20100, .dk = 32, .dv = 16, .threads = nth}, settings);
     std::vector<std::byte> bytes(workspace_bytes(planned));
     results got(p.s);
     const run_arguments call{p.query(), kv_reference(store), p.options, got.view(), draw_key{.step = 5}};
