@@ -414,8 +414,9 @@ class store_sampler {
         b.log_reach[i] = static_cast<float>(slice_[at(i)].reach) / 512;
       }
       const index_t row = head_.sinks() + block * kernel::scan_keys;
-      if (!read_block({keys(), row, kernel::block_rows}, {values(), row, kernel::block_rows}, b, false, light_,
-                      slice_.data(), true)) {
+      // block_rows; as a constant GCC 12 warns of overflow in loops over what is left of a block, which is nothing.
+      const index_t count = std::min(kernel::block_rows, rows_);
+      if (!read_block({keys(), row, count}, {values(), row, count}, b, false, light_, slice_.data(), true)) {
         return false;
       }
     }

@@ -36,6 +36,7 @@
 #include "vattn/kv/store.hpp"           // a cache made to be sampled
 #include "vattn/store_attention.hpp"    // and verified decode from it
 #include "vattn/vattention.hpp"         // the rows that are needed
+#include "vattn/kv/reference.hpp"       // an owner where views are taken
 #include "vattn/runtime/plan.hpp"       // planned once, run by an engine's own threads
 #include "vattn/runtime/audit.hpp"      // whether the promise holds where it is used
 // clang-format on

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "support/layout.hpp"
+#include "vattn/kv/reference.hpp"
 #include "vattn/runtime/audit.hpp"
 
 namespace {
@@ -109,6 +110,32 @@ TEST_CASE("a plan for a selector over indices, and another layer's", "[runtime][
     REQUIRE(vattention<policy>(small_config(), {*heads})(p.query(), p.cache(), p.options, b.view(), memory).ok());
     CHECK(a.output == b.output);
     CHECK_FALSE(a.certificates[0].exact());
+  }
+}
+
+TEST_CASE("a plan over a store gives the functor's bits for any number of threads", "[runtime][plan]") {
+  problem<float> p({.heads = 8, .kv_heads = 4, .n = 20000, .dk = 32, .dv = 16});
+  for (float& x : p.v) x += 2;  // values that do not cancel: less than all rows will do
+  shuffled_store<float> store({.n_kv_heads = 4, .dk = 32, .dv = 16});
+  REQUIRE(store.assign(p.cache()).ok());
+  const config settings{.epsilon = 0.2};
+  results want(p.s);
+  workspace memory;
+  REQUIRE(vattention<store_policy>(settings)(p.query(), store, p.options, want.view(), memory, {.step = 5}).ok());
+  CHECK_FALSE(want.certificates[0].exact());
+  for (const index_t nth : {1, 3, 9}) {
+    const auto planned = plan<store_policy>(
+        {.n_q_heads = 8, .n_kv_heads = 4, .max_tokens = 20100, .dk = 32, .dv = 16, .threads = nth}, settings);
+    std::vector<std::byte> bytes(workspace_bytes(planned));
+    results got(p.s);
+    const run_arguments call{p.query(), kv_reference(store), p.options, got.view(), draw_key{.step = 5}};
+    std::vector<std::thread> threads;
+    std::atomic<int> failed{0};
+    for (index_t ith = 0; ith < nth; ++ith)
+      threads.emplace_back([&, ith] { failed += !run(planned, call, bytes, ith, nth).ok(); });
+    for (std::thread& t : threads) t.join();
+    CHECK(failed == 0);
+    CHECK(got.output == want.output);
   }
 }
 
