@@ -19,10 +19,14 @@ config settings(double epsilon = 0.1, error_scale scale = error_scale::output) {
   return c;
 }
 
+// A past that is long enough for a sample to be tried, for a group of heads: read_costs::least.
+constexpr index_t long_enough(index_t group) { return 6144 + 4608 * group; }
+
 // A cache of one of the regimes, one for each KV head, in a problem.
 template <class T = float>
-problem<T> regime(const std::string& name, const std::string& values, index_t n, index_t dim, index_t group = 4,
-                  index_t kv_heads = 1) {
+problem<T> regime(const std::string& name, const std::string& values, index_t dim, index_t group = 4,
+                  index_t kv_heads = 1, index_t length = 0) {
+  const index_t n = length > 0 ? length : long_enough(group);
   problem<T> p({.heads = group * kv_heads, .kv_heads = kv_heads, .n = 1, .dk = dim, .dv = dim});
   p.s.n = n;
   p.q.clear(), p.k.clear(), p.v.clear();
@@ -112,7 +116,7 @@ status try_call(const problem<T>& p, const shuffled_store<T>& store, results& r)
 TEST_CASE("a store's outputs keep their promise and its certificates are sane", "[store]") {
   index_t sampled = 0, failed = 0, all = 0;
   for (const char* name : {"flat", "gauss1", "gauss2", "needle", "student", "plateau", "spikes", "staircase"}) {
-    const auto p = regime<Eigen::bfloat16>(name, "mean", 8192, 64);
+    const auto p = regime<Eigen::bfloat16>(name, "mean", 64);
     const auto store = store_of(p);
     const results want = exactly(p, store);
     for (const error_scale scale : {error_scale::output, error_scale::rms}) {
@@ -122,13 +126,13 @@ TEST_CASE("a store's outputs keep their promise and its certificates are sane", 
         for (std::size_t h = 0; h < 4; ++h) {
           CAPTURE(name, step, h);
           const certificate& said = r.certificates[h];
-          check_fields(said, c, 8192);
+          check_fields(said, c, p.s.n);
           const double off = error(r, want, h) * (scale == error_scale::rms ? said.coherence : 1);
           failed += off > 0.1;
           CHECK(off < 0.25);
           sampled += !said.exact(), ++all;
           // Tokens that may move the output by little are left to chance, and where none is drawn none is stated.
-          const double stated = said.exact() ? 1e-5 : 3 * said.denominator_error + 0.05 * c.epsilon;
+          const double stated = said.exact() ? 1e-5 : 3 * said.denominator_error + 0.5 * c.epsilon;
           CHECK_THAT(r.log_sum_exp[h], WithinAbs(want.log_sum_exp[h], stated));
           CHECK_THAT(said.log_denominator, WithinAbs(static_cast<double>(r.log_sum_exp[h]), 1e-6));
         }
@@ -142,7 +146,7 @@ TEST_CASE("a store's outputs keep their promise and its certificates are sane", 
 
 TEST_CASE("a long past is read in part", "[store]") {
   for (const char* name : {"flat", "gauss2", "laplace", "plateau"}) {
-    const auto p = regime<Eigen::bfloat16>(name, "mean", 32768, 128);
+    const auto p = regime<Eigen::bfloat16>(name, "mean", 128, 4, 1, 32768);
     const auto store = store_of(p);
     const results r = attend(p, store, settings(0.1));
     CAPTURE(name);
@@ -172,17 +176,17 @@ TEST_CASE("a short past is read whole, and is exact attention", "[store]") {
 
 TEST_CASE("every group size, several queries and odd head sizes", "[store]") {
   for (const index_t group : {1, 3, 5, 8, 12}) {
-    const auto p = regime("gauss1", "mean", 12000, 32, group);
+    const auto p = regime("gauss1", "mean", 32, group);
     const auto store = store_of(p);
     const results r = attend(p, store, settings(0.2)), want = exactly(p, store);
     CAPTURE(group);
     CHECK(exact_count(r) < group);
     for (std::size_t h = 0; h < static_cast<std::size_t>(group); ++h) CHECK(error(r, want, h) < 0.4);
   }
-  for (const shape s :
-       {shape{.queries = 3, .heads = 4, .kv_heads = 2, .n = 9000, .dk = 80, .dv = 24},
-        shape{.heads = 2, .n = 6000, .dk = 1, .dv = 200}, shape{.heads = 2, .n = 6000, .dk = 300, .dv = 3},
-        shape{.heads = 1, .n = 6000, .dk = 576, .dv = 16}}) {
+  for (const shape s : {shape{.queries = 3, .heads = 4, .kv_heads = 2, .n = long_enough(2), .dk = 80, .dv = 24},
+                        shape{.heads = 2, .n = long_enough(2), .dk = 1, .dv = 200},
+                        shape{.heads = 2, .n = long_enough(2), .dk = 300, .dv = 3},
+                        shape{.heads = 1, .n = long_enough(1), .dk = 576, .dv = 16}}) {
     const problem<float> p(s, 5);
     const auto store = store_of(p);
     const results r = attend(p, store, settings(0.2)), want = exactly(p, store);
@@ -195,7 +199,7 @@ TEST_CASE("every group size, several queries and odd head sizes", "[store]") {
 TEST_CASE("head sizes past 128 are scanned right where a key is all along its query", "[store]") {
   // Flat in every rotated coordinate: the sums of the tables are as large as they can be.
   for (const index_t dim : {128, 256, 512}) {
-    auto p = regime("flat", "mean", 8192, dim, 1);
+    auto p = regime("flat", "mean", dim, 1);
     const sketch::random_rotation rotation(dim, 3);
     std::vector<float> sharp(static_cast<std::size_t>(dim)), axis(sharp.size()), out(sharp.size());
     for (std::size_t j = 0; j < sharp.size(); ++j) {  // R'·1
@@ -205,7 +209,7 @@ TEST_CASE("head sizes past 128 are scanned right where a key is all along its qu
       for (const float x : axis) sharp[j] += x;
     }
     for (std::size_t j = 0; j < sharp.size(); ++j) p.q[j] = sharp[j];
-    for (index_t i = 0; i < 8192; i += 400) {  // heavy: along the query
+    for (index_t i = 0; i < p.s.n; i += 400) {  // heavy: along the query
       for (std::size_t j = 0; j < sharp.size(); ++j)
         p.k[static_cast<std::size_t>(i * dim) + j] = sharp[j] * 12 / std::sqrt(static_cast<float>(dim));
     }
@@ -222,7 +226,7 @@ TEST_CASE("head sizes past 128 are scanned right where a key is all along its qu
 }
 
 TEST_CASE("threads change no bit, nor does a second call of the same key", "[store]") {
-  const auto p = regime("gauss2", "mean", 8192, 64, 4, 3);
+  const auto p = regime("gauss2", "mean", 64, 4, 3);
   const auto store = store_of(p);
   const results want = attend(p, store, settings()), again = attend(p, store, settings());
   CHECK(want.output == again.output);
@@ -239,8 +243,8 @@ TEST_CASE("threads change no bit, nor does a second call of the same key", "[sto
 }
 
 TEST_CASE("the workspace that is asked for is enough, and less is refused", "[store]") {
-  for (const shape s : {shape{.heads = 4, .n = 6000, .dk = 64, .dv = 64},
-                        shape{.heads = 16, .kv_heads = 2, .n = 5000, .dk = 40, .dv = 200},
+  for (const shape s : {shape{.heads = 4, .n = long_enough(4), .dk = 64, .dv = 64},
+                        shape{.heads = 16, .kv_heads = 2, .n = long_enough(8), .dk = 40, .dv = 72},
                         shape{.heads = 1, .n = 10, .dk = 8, .dv = 8}}) {
     const problem<float> p(s, 2);
     const auto store = store_of(p);
@@ -297,7 +301,7 @@ TEST_CASE("positions of cells are refused: rows are in no order", "[store]") {
 }
 
 TEST_CASE("a learned sink takes part in every sample", "[store]") {
-  auto p = regime("gauss1", "mean", 8192, 64, 2);
+  auto p = regime("gauss1", "mean", 64, 2);
   const auto store = store_of(p);
   const results without = exactly(p, store);
   p.set_sinks({without.log_sum_exp[0] + 1, -infinity});  // most of the mass for the first head
@@ -313,20 +317,21 @@ TEST_CASE("a learned sink takes part in every sample", "[store]") {
 }
 
 TEST_CASE("what is not finite is told, wherever it is", "[store]") {
-  const auto plain = regime("gauss1", "mean", 8192, 32, 2);
+  const auto plain = regime("gauss1", "mean", 32, 2);
   for (const float bad : {not_a_number, infinity, -infinity}) {
-    for (const index_t token : {0, 20, 3000, 5001, 8190}) {
+    for (const index_t token : {index_t{0}, index_t{20}, index_t{3000}, index_t{5001}, plain.s.n - 2}) {
       for (const bool in_key : {false, true}) {
         auto p = plain;
         (in_key ? p.k : p.v)[static_cast<std::size_t>(token * 32 + 5)] = bad;
         for (std::uint64_t seed = 0; seed < 2; ++seed) {
           CAPTURE(bad, token, in_key, seed);
+          const auto store = store_of(p, seed);
           results r(p.s);
-          const status s = try_call(p, store_of(p, seed), r);
+          const status s = try_call(p, store, r);
           // A key of −inf along the query has no weight: as exact attention says.
           results e(p.s);
           workspace memory;
-          const status exact = exact_attention(p.query(), store_of(p, seed), p.options, e.view(), memory);
+          const status exact = exact_attention(p.query(), store, p.options, e.view(), memory);
           CHECK(s.code() == exact.code());
           CHECK((s.ok() || s.code() == errc::non_finite));
           if (!in_key || std::isnan(bad)) CHECK(s.code() == errc::non_finite);
@@ -341,7 +346,7 @@ TEST_CASE("what is not finite is told, wherever it is", "[store]") {
 }
 
 TEST_CASE("a token that is not finite and comes by append is told too", "[store]") {
-  const auto p = regime("gauss1", "mean", 8192, 32, 2);
+  const auto p = regime("gauss1", "mean", 32, 2);
   auto store = store_of(p);
   std::vector<float> k(32, 0.1f), v(32, 1.0f);
   v[3] = not_a_number;
@@ -350,7 +355,7 @@ TEST_CASE("a token that is not finite and comes by append is told too", "[store]
   for (int i = 0; i < 100; ++i) REQUIRE(store.append(k.data(), v.data()).ok());  // now it is of the past
   results r(p.s);
   CHECK(try_call(p, store, r).code() == errc::non_finite);
-  store.truncate(8192);
+  store.truncate(p.s.n);
   CHECK(try_call(p, store, r).ok());
 }
 
@@ -366,7 +371,7 @@ TEST_CASE("degenerate keys, values and queries are attended right", "[store]") {
       CHECK_THAT(r.log_sum_exp[h], WithinAbs(want.log_sum_exp[h], stated + 1e-5 * std::abs(want.log_sum_exp[h])));
     }
   };
-  auto p = regime("gauss1", "mean", 6000, 32, 2);
+  auto p = regime("gauss1", "mean", 32, 2);
   const auto keys = p.k;
   for (std::size_t i = 32; i < p.k.size(); ++i) p.k[i] = p.k[i % 32];  // all keys equal
   check(p, 0.1);
@@ -380,17 +385,17 @@ TEST_CASE("degenerate keys, values and queries are attended right", "[store]") {
   check(p, 0);
   p.v = same;
   for (const float size : {0.0f, 1e-30f, 1e3f, 1e6f, 1e15f}) {
-    auto scaled = regime("gauss1", "mean", 6000, 32, 2);
+    auto scaled = regime("gauss1", "mean", 32, 2);
     for (float& x : scaled.q) x *= size;
     CAPTURE(size);
     check(scaled, 0.1);
   }
   for (const float size : {1e-20f, 1e4f, 1e12f}) {
-    auto scaled = regime("gauss1", "mean", 6000, 32, 2);
+    auto scaled = regime("gauss1", "mean", 32, 2);
     for (float& x : scaled.k) x *= size;
     CAPTURE(size);
     check(scaled, 0.1);
-    scaled = regime("gauss1", "mean", 6000, 32, 2);
+    scaled = regime("gauss1", "mean", 32, 2);
     for (float& x : scaled.v) x *= size;
     check(scaled, 0.1);
   }
@@ -398,12 +403,13 @@ TEST_CASE("degenerate keys, values and queries are attended right", "[store]") {
 
 TEST_CASE("a softmax over the exported rows with their weights is the output", "[store][decision]") {
   for (const char* name : {"gauss2", "plateau", "needle", "gauss3"}) {
-    auto p = regime(name, "mean", 8192, 32, 3);
+    auto p = regime(name, "mean", 32, 3);
     p.set_sinks({0.5f, 1, -1});
     const auto store = store_of(p);
     results r(p.s);
-    const std::array<index_t, 4> extents{1, 1, 3, 8192};
-    std::vector<std::int32_t> rows(3 * 8192, -1), counts(3, -1);
+    const auto n = static_cast<std::size_t>(p.s.n);
+    const std::array<index_t, 4> extents{1, 1, 3, p.s.n};
+    std::vector<std::int32_t> rows(3 * n, -1), counts(3, -1);
     std::vector<float> weights(rows.size(), not_a_number);
     attention_result result = r.view();
     result.decisions = {{rows.data(), extents}, {weights.data(), extents}, {counts.data(), {1, 1, 3}}};
@@ -414,18 +420,18 @@ TEST_CASE("a softmax over the exported rows with their weights is the output", "
       CAPTURE(name, h, counts[h]);
       const certificate& c = r.certificates[h];
       CHECK(counts[h] <= c.rows());
-      if (c.exact()) CHECK(counts[h] == 8192);
+      if (c.exact()) CHECK(counts[h] == p.s.n);
       std::vector<double> numerator(32);
       double denominator = std::exp(static_cast<double>(p.sinks[h]));
-      std::vector<std::int32_t> seen(rows.begin() + static_cast<std::ptrdiff_t>(h) * 8192,
-                                     rows.begin() + static_cast<std::ptrdiff_t>(h) * 8192 + counts[h]);
+      std::vector<std::int32_t> seen(rows.begin() + static_cast<std::ptrdiff_t>(h * n),
+                                     rows.begin() + static_cast<std::ptrdiff_t>(h * n) + counts[h]);
       for (std::size_t i = 0; i < seen.size(); ++i) {
         double logit = 0;
         for (std::size_t j = 0; j < 32; ++j)
           logit += static_cast<double>(p.q[h * 32 + j]) * static_cast<double>(head.key(seen[i])[j]);
         const double x =
-            static_cast<double>(weights[h * 8192 + i]) * std::exp(logit * static_cast<double>(p.options.scale));
-        CHECK(weights[h * 8192 + i] >= 1);
+            static_cast<double>(weights[h * n + i]) * std::exp(logit * static_cast<double>(p.options.scale));
+        CHECK(weights[h * n + i] >= 1);
         denominator += x;
         for (std::size_t j = 0; j < 32; ++j) numerator[j] += x * static_cast<double>(head.value(seen[i])[j]);
       }
@@ -439,11 +445,11 @@ TEST_CASE("a softmax over the exported rows with their weights is the output", "
 }
 
 TEST_CASE("codes that do not belong to the keys are found out", "[store]") {
-  const auto p = regime("gauss2", "mean", 8192, 64, 2);
+  const auto p = regime("gauss2", "mean", 64, 2);
   for (const int kind : {0, 1, 2}) {
     auto store = store_of(p);
     auto* k = const_cast<float*>(reinterpret_cast<const float*>(store.head(0, 0).key_rows().first));
-    const index_t from = 16 * 64, to = (8192 - 16) * 64;
+    const index_t from = 16 * 64, to = (p.s.n - 16) * 64;
     if (kind == 0) std::reverse(k + from, k + to);  // other keys
     if (kind == 1) {
       for (index_t i = from; i < to; ++i) k[i] = -k[i];
@@ -465,7 +471,7 @@ TEST_CASE("codes that do not belong to the keys are found out", "[store]") {
 }
 
 TEST_CASE("settings are refused, and those that cap a sample lead to exact attention", "[store]") {
-  const auto p = regime("gauss2", "mean", 8192, 64, 2);
+  const auto p = regime("gauss2", "mean", 64, 2);
   const auto store = store_of(p);
   config c = settings();
   c.epsilon = 0;

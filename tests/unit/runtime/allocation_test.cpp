@@ -130,10 +130,10 @@ TEST_CASE("no policy allocates", "[runtime][allocation]") {
 }
 
 TEST_CASE("a store within its room allocates neither for a token nor for a step", "[runtime][allocation]") {
-  const test_problem p({.heads = 8, .kv_heads = 2, .n = 9000, .dk = 64, .dv = 64}, 5);
+  const test_problem p({.heads = 8, .kv_heads = 2, .n = 25000, .dk = 64, .dv = 64}, 5);
   shuffled_store<Eigen::bfloat16> store({.n_kv_heads = 2, .dk = 64, .dv = 64});
   REQUIRE(store.assign(p.cache()).ok());
-  REQUIRE(store.reserve(9500).ok());
+  REQUIRE(store.reserve(25500).ok());
   config c;
   c.epsilon = 0.2;
   const vattention<store_policy> attend(c);
@@ -148,7 +148,7 @@ TEST_CASE("a store within its room allocates neither for a token nor for a step"
   check_silent([&] { return attend(p.query(), store, p.options, r.view(), memory, key(), pool); });
   c.epsilon = 0.001;  // read whole
   check_silent([&] { return vattention<store_policy>(c)(p.query(), store, p.options, r.view(), memory); });
-  std::vector<std::byte> bytes(attend.workspace_bytes(9500, 64, 64));
+  std::vector<std::byte> bytes(attend.workspace_bytes(25500, 64, 64));
   workspace fixed(bytes);
   const long before = allocations;
   bool ok = true;
@@ -156,9 +156,9 @@ TEST_CASE("a store within its room allocates neither for a token nor for a step"
     ok = store.append(p.k.data() + token * 128, p.v.data() + token * 128).ok() && ok;
     if (token % 100 == 0) ok = attend(p.query(), store, p.options, r.view(), fixed, key()).ok() && ok;
   }
-  store.truncate(9100);
+  store.truncate(25100);
   const long after = allocations;
   CHECK(ok);
-  CHECK(store.size() == 9100);
+  CHECK(store.size() == 25100);
   CHECK(after == before);
 }
