@@ -549,6 +549,8 @@ class store_sampler {
   [[nodiscard]] verdict judge(index_t round, index_t picks) noexcept {
     verdict next = verdict::done;
     double longer = 1, more = 1;
+    auto wanted_floor = choice_.floor, wanted_plain = choice_.plain;
+    auto wanted_away = away_;
     for (index_t g = 0; g < heads_; ++g) {
       head_task<Head>& task = group_[g];
       if (done_[at(g)]) continue;
@@ -570,8 +572,10 @@ class store_sampler {
         c.rows_exact = fixed();
         c.rows_sampled = sampled;
         c.budget = sampled;
-        c.epsilon_achieved = error2 > 0 ? std::sqrt(error2 / scale2) : 0;
-        c.denominator_error = std::sqrt(squared_radius(e.denominator_variance, 1, e.dof));
+        // What the floors leave to chance shows in no variance where none of it was drawn.
+        const double hidden = shape.kappa * settings_.epsilon;
+        c.epsilon_achieved = std::max(std::sqrt(error2 / scale2), hidden);
+        c.denominator_error = std::hypot(std::sqrt(squared_radius(e.denominator_variance, 1, e.dof)), hidden);
         c.coherence = e.power > 0 ? std::sqrt(e.output2 / e.power) : 0;
         c.promise = B::kind, c.bound = B::name;
         c.assumptions =
@@ -587,15 +591,16 @@ class store_sampler {
       }
       next = std::max(next, verdict::extend);
       if (!covered) next = verdict::scan;
-      choice_.floor[at(g)] = std::min(choice_.floor[at(g)], floor - 0.2);
-      away_[at(g)] = std::max(away_[at(g)], static_cast<float>(1.1 * away));
+      // Taken over where a scan follows; a floor that was never scanned covers nothing.
+      wanted_floor[at(g)] = std::min(choice_.floor[at(g)], floor - 0.2);
+      wanted_away[at(g)] = std::max(away_[at(g)], static_cast<float>(1.1 * away));
       if (verified) continue;
       const double goal_variance = 0.92 * 0.92 * goal / (error2 / e.variance);
       const double left = goal_variance - (e.variance - e.light_variance);
       const double factor = left > 0 ? 1.05 * e.light_variance / left : 1e9;
       if (factor > 4) {
         next = verdict::scan;
-        choice_.plain[at(g)] -= std::log(e.variance / goal_variance);
+        wanted_plain[at(g)] -= std::log(e.variance / goal_variance);
         more = std::max(more, e.variance / goal_variance);
       } else {
         longer = std::max(longer, factor);
@@ -604,7 +609,10 @@ class store_sampler {
     const double grow = std::max(longer, next == verdict::scan ? std::min(more, 2.0) : 1.0);
     const auto wanted = static_cast<index_t>(grow * static_cast<double>(choice_.slice));
     choice_.slice = std::min(rows_, (wanted + kernel::scan_keys - 1) / kernel::scan_keys * kernel::scan_keys);
-    if (next == verdict::scan) choice_.share = static_cast<double>(choice_.slice) / static_cast<double>(rows_);
+    if (next == verdict::scan) {
+      choice_.share = static_cast<double>(choice_.slice) / static_cast<double>(rows_);
+      choice_.floor = wanted_floor, choice_.plain = wanted_plain, away_ = wanted_away;
+    }
     return next;
   }
 

@@ -139,21 +139,18 @@ class shuffled_store {
                            static_cast<long long>(n));
     }
     page_buffer k, v;
+    if (!reserve_positions(n)) return no_room(n);
     const auto heads = static_cast<std::size_t>(shape_.n_kv_heads), rows = static_cast<std::size_t>(n);
     const std::size_t wide_k = static_cast<std::size_t>(shape_.dk) * sizeof(T);
     const std::size_t wide_v = static_cast<std::size_t>(shape_.dv) * sizeof(T);
     bool ok = k.reserve(heads * rows * wide_k) && v.reserve(heads * rows * wide_v);
     for (auto& c : codes_) ok = ok && c.reserve(n);
-    if (!ok) {
-      return status::error(errc::out_of_memory, "no memory for a store of %lld tokens of %zu heads",
-                           static_cast<long long>(n), heads);
-    }
+    if (!ok) return no_room(n);
     for (std::size_t h = 0; n_ > 0 && h < heads; ++h) {
       std::memcpy(k.data() + h * rows * wide_k, keys(static_cast<index_t>(h)), static_cast<std::size_t>(n_) * wide_k);
       std::memcpy(v.data() + h * rows * wide_v, values(static_cast<index_t>(h)), static_cast<std::size_t>(n_) * wide_v);
     }
     k_ = std::move(k), v_ = std::move(v), capacity_ = n;
-    positions_.reserve(rows);
     return {};
   }
 
@@ -328,6 +325,25 @@ class shuffled_store {
       if (!code_row(h, i)) return no_memory();
     }
     return {};
+  }
+
+  // The vectors of the past grow within this alone.
+  [[nodiscard]] bool reserve_positions(index_t n) noexcept {
+#if VATTN_HAS_EXCEPTIONS
+    try {
+      positions_.reserve(static_cast<std::size_t>(n));
+    } catch (...) {
+      return false;
+    }
+#else
+    positions_.reserve(static_cast<std::size_t>(n));
+#endif
+    return true;
+  }
+
+  [[nodiscard]] status no_room(index_t n) const noexcept {
+    return status::error(errc::out_of_memory, "no memory for a store of %lld tokens of %lld heads",
+                         static_cast<long long>(n), static_cast<long long>(shape_.n_kv_heads));
   }
 
   [[nodiscard]] static status no_memory() noexcept {
