@@ -8,6 +8,7 @@
 #include <memory>
 #include <span>
 
+#include "vattn/configuration.hpp"
 #include "vattn/estimate/group.hpp"
 #include "vattn/estimate/strata.hpp"
 #include "vattn/exact_attention.hpp"

@@ -63,6 +63,14 @@ results expected(const ragged<T>& r, const draw_key& key) {
   return want;
 }
 
+// Paged rows are read one by one, contiguous ones by blocks: sums in another order.
+bool near(const results& a, const results& b) {
+  double worst = 0;
+  for (std::size_t i = 0; i < a.output.size(); ++i)
+    worst = std::max(worst, std::abs(static_cast<double>(a.output[i]) - static_cast<double>(b.output[i])));
+  return worst < 4e-6;
+}
+
 }  // namespace
 
 TEST_CASE("the page's ggml op, called by three threads", "[docs]") {
@@ -121,7 +129,7 @@ TEST_CASE("the page's FlashInfer and vLLM calls", "[docs]") {
   INFO(s.message());
   REQUIRE(s.ok());
   const results want = expected(r, key);
-  CHECK(got.output == want.output);
+  CHECK(near(got, want));
   for (std::size_t i = 0; i < want.log_sum_exp.size(); ++i)
     CHECK_THAT(got.log_sum_exp[i], WithinRel(want.log_sum_exp[i] / std::log(2.0f), 1e-5f));
 
@@ -178,7 +186,7 @@ TEST_CASE("the page's gemma.cpp call, on a ring that has wrapped", "[docs]") {
   REQUIRE(s.ok());
   results want(r.p.s);
   REQUIRE(vattention<>(small_config())(r.p.query(), r.contiguous(), r.p.options, want.view(), memory, key).ok());
-  CHECK(got.output == want.output);
+  CHECK(near(got, want));
 }
 
 TEST_CASE("the page's decision and audit", "[docs]") {

@@ -55,7 +55,7 @@ struct output {
     const double scale = std::sqrt(squared_scale(l, mean_square));
     verdict v;
     const double radius = B::radius(evidence, e.sampled, l.settings.delta);
-    v.epsilon_achieved = radius > 0 ? radius / scale : 0;
+    v.epsilon_achieved = radius == 0 ? 0 : radius / scale;  // what is not a number is not met
     v.met = v.epsilon_achieved <= l.settings.epsilon;
     v.next = v.met ? split{l.order.count(), static_cast<index_t>(e.sampled)}
                    : cheapest<B>(l, evidence, y, l.settings.epsilon * scale);
@@ -109,6 +109,10 @@ struct output {
     const double seen = s.variance, unseen = count * guard * guard / s.sampled;
     s.variance = seen + unseen;
     if (!(unseen > 0)) return;
+    if (!std::isfinite(s.variance)) {  // a score of infinity bounds nothing
+      s.dimension = 1;
+      return;
+    }
     s.dimension = s.variance * s.variance / (seen * seen / s.dimension + unseen * unseen);
     if (seen > 0) s.dof *= s.variance / seen * (s.variance / seen);  // of the two only `seen` is estimated
   }

@@ -18,6 +18,13 @@
 #define VATTN_UNROLL _Pragma("GCC unroll 16")
 #endif
 
+// GCC 12 unrolls these loops for counts that its callers do not pass, finds that such a count would overflow, and
+// warns.
+#if !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Waggressive-loop-optimizations"
+#endif
+
 namespace vattn::kernel::detail {
 
 // GCC 12 takes what the unmasked forms of these intrinsics leave undefined for a fault of the program (its bug
@@ -334,6 +341,10 @@ VATTN_TARGET_AVX512 inline bool maximum_avx512(const float* x, index_t n, float&
 }
 
 }  // namespace vattn::kernel::detail
+
+#if !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 
 #undef VATTN_AVX512_INLINE
 #undef VATTN_BF16_INLINE

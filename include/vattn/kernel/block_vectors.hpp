@@ -19,6 +19,13 @@
 #define VATTN_UNROLL _Pragma("GCC unroll 16")
 #endif
 
+// GCC 12 unrolls these loops for counts that its callers do not pass, finds that such a count would overflow, and
+// warns.
+#if !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Waggressive-loop-optimizations"
+#endif
+
 namespace vattn::kernel::detail {
 
 template <int W>
@@ -251,6 +258,10 @@ VATTN_TARGET_AVX2 inline bool maximum_avx2(const float* x, index_t n, float& top
 #endif
 
 }  // namespace vattn::kernel::detail
+
+#if !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 
 #undef VATTN_INLINE
 #undef VATTN_UNROLL
