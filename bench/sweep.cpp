@@ -40,7 +40,7 @@ double quantile(const std::vector<double>& sorted, double p) {
   return sorted[std::clamp<std::size_t>(rank, 1, sorted.size()) - 1];
 }
 
-summary measure(problem& p, const contender& how, const bench::cell& at, index_t trials, std::uint64_t seed) {
+summary measure(problem& p, const contender& how, const cell& at, index_t trials, std::uint64_t seed) {
   using clock = std::chrono::steady_clock;
   summary s;
   s.trials = how.random ? trials : 1;
@@ -81,7 +81,7 @@ void run(const options& o, std::ostream& csv) {
   }
   // Cells of one method, in the order that they are swept.
   const auto cells = [&](const contender& m) {
-    std::vector<bench::cell> all;
+    std::vector<cell> all;
     if (m.sweeps == knob::none) all.push_back({.scale = o.scale});
     if (m.sweeps == knob::density) {
       for (const double density : o.densities) all.push_back({.density = density, .scale = o.scale});
@@ -102,7 +102,7 @@ void run(const options& o, std::ostream& csv) {
         ("[" + std::to_string(done) + "/" + std::to_string(total) + "] " + regime + ": making the cache").c_str());
     problem p(regime, o.values, o.n, o.dim, o.seed);
     for (const contender* m : chosen) {
-      for (const bench::cell& at : cells(*m)) {
+      for (const cell& at : cells(*m)) {
         const bool verifies = m->sweeps == knob::epsilon;
         std::fprintf(stderr, "\r[%zu/%zu] %-10s %-14s %s %-12g", ++done, total, regime.c_str(), m->name,
                      verifies ? "epsilon" : "density", verifies ? at.epsilon : at.density);

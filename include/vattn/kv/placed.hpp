@@ -12,7 +12,7 @@
 namespace vattn {
 
 /// A token's place: cell `slot` of page `page`. A cache without pages has one for each sequence.
-struct cell {
+struct cell_address {
   index_t page, slot;
 };
 
@@ -25,7 +25,7 @@ concept cell_places = requires(const P& p, index_t b) {
   { p.page_size() } -> std::convertible_to<index_t>;
   { p.length(b) } -> std::convertible_to<index_t>;
   { p.sequence(b)(b) }
-  noexcept->std::same_as<cell>;
+  noexcept->std::same_as<cell_address>;
   { p.validate() } -> std::same_as<status>;
 };
 
@@ -88,11 +88,11 @@ class placed_head {
   [[nodiscard]] index_t dk() const noexcept { return K::width == dynamic ? dk_ : K::width; }
   [[nodiscard]] index_t dv() const noexcept { return V::width == dynamic ? dv_ : V::width; }
   [[nodiscard]] auto key(index_t token) const noexcept {
-    const cell c = sequence_(token);
+    const cell_address c = sequence_(token);
     return k_.format.at(k_first_ + c.page * k_.strides.page + c.slot * k_.strides.cell, dk());
   }
   [[nodiscard]] auto value(index_t token) const noexcept {
-    const cell c = sequence_(token);
+    const cell_address c = sequence_(token);
     return v_.format.at(v_first_ + c.page * v_.strides.page + c.slot * v_.strides.cell, dv());
   }
   /// For strided_head, where cells of a sequence follow each other and rows are of a type that block kernels read.
@@ -110,7 +110,7 @@ class placed_head {
 
  private:
   [[nodiscard]] index_t norm(index_t token) const noexcept {
-    const cell c = sequence_(token);
+    const cell_address c = sequence_(token);
     return c.page * norm_page_ + c.slot;
   }
 

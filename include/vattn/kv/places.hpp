@@ -13,7 +13,7 @@ namespace vattn {
 struct own_page {
   static constexpr bool in_order = true;  ///< cell i + 1 is the next: see strided_head
   index_t page;
-  [[nodiscard]] cell operator()(index_t token) const noexcept { return {page, token}; }
+  [[nodiscard]] cell_address operator()(index_t token) const noexcept { return {page, token}; }
 };
 
 /// Sequence b has cells 0, 1, ... of page b: `capacity` of them, of which it uses lengths[b], or all.
@@ -52,7 +52,7 @@ class padded_sequences {
 /// Token i is in cell (first + i) mod capacity, both below capacity.
 struct wrapped_page {
   index_t capacity, first;
-  [[nodiscard]] cell operator()(index_t token) const noexcept {
+  [[nodiscard]] cell_address operator()(index_t token) const noexcept {
     const index_t slot = first + token;
     return {0, slot < capacity ? slot : slot - capacity};
   }
@@ -97,7 +97,7 @@ class paged_sequence {
         shift_(std::has_single_bit(static_cast<std::uint64_t>(page_size))
                    ? std::countr_zero(static_cast<std::uint64_t>(page_size))
                    : -1) {}
-  [[nodiscard]] cell operator()(index_t token) const noexcept {
+  [[nodiscard]] cell_address operator()(index_t token) const noexcept {
     const index_t page = shift_ >= 0 ? token >> shift_ : token / size_;  // a division costs more than a short row
     return {pages_[page], token - page * size_};
   }
