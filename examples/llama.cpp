@@ -48,7 +48,7 @@ std::vector<std::int32_t> read_text(const request& r, const tokenizer& tokens, i
   return text;
 }
 
-void write_logits(const request& r, const model& m, const tokenizer& tokens, support::thread_pool& pool) {
+void write_logits(const request& r, const model& m, const tokenizer& tokens, thread_pool& pool) {
   const std::vector<std::int32_t> text = read_text(r, tokens, r.logits);
   npy::writer out(r.out_path, std::vector<std::int64_t>{r.logits, m.config.vocabulary});
   std::vector<layer_cache> caches = make_caches(m.config, cache_type::f32, r.logits);
@@ -60,8 +60,7 @@ void write_logits(const request& r, const model& m, const tokenizer& tokens, sup
   out.commit();
 }
 
-void generate(const request& r, const model& m, const tokenizer& tokens, const method_runs& method,
-              support::thread_pool& pool) {
+void generate(const request& r, const model& m, const tokenizer& tokens, const method_runs& method, thread_pool& pool) {
   const std::vector<std::int32_t> start = tokens.encode(*r.prompt);
   if (start.empty()) throw std::runtime_error("--prompt is empty: give at least one token to go on from");
   context c = make_context(m, start, r.generate, r.evaluation.type, pool, r.evaluation.cache_folder, "prefill");
@@ -110,7 +109,7 @@ void execute(const request& r) {
   const std::vector<method_runs> methods = make_runs(r.choice, r.methods, r.epsilons, r.densities);
   const model m = load_model(r.model_path);
   const tokenizer tokens(m.config.vocabulary, r.ids);
-  support::thread_pool pool(r.threads);
+  thread_pool pool(r.threads);
   if (r.logits > 0) return write_logits(r, m, tokens, pool);
   if (r.generate > 0) return generate(r, m, tokens, methods.front(), pool);
 

@@ -11,7 +11,7 @@
 #include "llama/attention.hpp"
 #include "llama/model.hpp"
 #include "llama/prefill.hpp"
-#include "support/thread_pool.hpp"
+#include "vattn/runtime/thread_pool.hpp"
 
 namespace vattn::llama {
 
@@ -62,7 +62,7 @@ struct decode_settings {
 class decoder {
  public:
   decoder(const model& m, std::vector<layer_cache>& caches, std::vector<std::unique_ptr<layer_attention>>& attention,
-          support::thread_pool& pool, const decode_settings& settings)
+          thread_pool& pool, const decode_settings& settings)
       : m_(m), caches_(caches), attention_(attention), pool_(pool), settings_(settings) {
     const model_config& c = m.config;
     x_.resize(c.hidden, 1);
@@ -167,7 +167,7 @@ class decoder {
   const model& m_;
   std::vector<layer_cache>& caches_;
   std::vector<std::unique_ptr<layer_attention>>& attention_;
-  support::thread_pool& pool_;
+  thread_pool& pool_;
   decode_settings settings_;
   matrix x_, normed_;
   Eigen::VectorXf qkv_, attended_, gate_up_, activated_, hidden_, logits_;

@@ -38,7 +38,7 @@ struct evaluation_options {
 /// Feeds what `feed` feeds, by every run, from the same prefill. `record(score&)` finds where a run's results go.
 template <class Feed, class Record>
 void for_each_run(const model& m, context& c, const std::vector<method_runs>& methods, const evaluation_options& o,
-                  support::thread_pool& pool, Feed&& feed, Record&& record) {
+                  thread_pool& pool, Feed&& feed, Record&& record) {
   for (const method_runs& method : methods) {
     std::vector<std::unique_ptr<layer_attention>> attention;
     const auto start = decode_clock::now();
@@ -90,7 +90,7 @@ inline void answer(decoder& decode, const prompt& p, score& s) {
 /// All prompts by all runs. `said` hears of each prompt when it is done.
 [[nodiscard]] inline std::vector<score> evaluate(const model& m, const std::vector<prompt>& prompts,
                                                  const std::vector<method_runs>& methods, const evaluation_options& o,
-                                                 support::thread_pool& pool,
+                                                 thread_pool& pool,
                                                  const std::function<void(const std::string&)>& said) {
   // By task and length in the order of the prompts, then by run.
   std::vector<score> scores;
@@ -122,7 +122,7 @@ inline void answer(decoder& decode, const prompt& p, score& s) {
 /// The bits of `tokens` after the first n, which are prefilled, by all runs.
 [[nodiscard]] inline std::vector<score> evaluate_text(const model& m, std::span<const std::int32_t> tokens, index_t n,
                                                       const std::vector<method_runs>& methods,
-                                                      const evaluation_options& o, support::thread_pool& pool) {
+                                                      const evaluation_options& o, thread_pool& pool) {
   std::vector<score> scores;
   const std::span<const std::int32_t> rest = tokens.subspan(static_cast<std::size_t>(n));
   context c = make_context(m, tokens.first(static_cast<std::size_t>(n)), static_cast<index_t>(rest.size()), o.type,

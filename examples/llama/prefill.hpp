@@ -10,7 +10,7 @@
 #include "llama/cache.hpp"
 #include "llama/model.hpp"
 #include "support/progress.hpp"
-#include "support/thread_pool.hpp"
+#include "vattn/runtime/thread_pool.hpp"
 
 namespace vattn::llama {
 
@@ -69,8 +69,7 @@ inline void attend_block(const layer_activations& a, const model_config& c, inde
 /// Runs `tokens` from position 0, fills the caches, and returns the last layer's residual stream, [hidden, n].
 /// Attention is exact, from keys and values in float; the caches get them rounded. Memory: some 3 · n · hidden floats.
 [[nodiscard]] inline matrix prefill(const model& m, std::span<const std::int32_t> tokens,
-                                    std::vector<layer_cache>& caches, support::thread_pool& pool,
-                                    const std::string& label) {
+                                    std::vector<layer_cache>& caches, thread_pool& pool, const std::string& label) {
   const model_config& c = m.config;
   const auto n = static_cast<index_t>(tokens.size());
   const index_t blocks = (n + block_tokens - 1) / block_tokens;

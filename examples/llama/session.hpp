@@ -80,8 +80,8 @@ namespace detail {
 
 /// Prefills `tokens`, with room for `more`; with a folder `saved` takes the result from there, or leaves it there.
 [[nodiscard]] inline context make_context(const model& m, std::span<const std::int32_t> tokens, index_t more,
-                                          cache_type type, support::thread_pool& pool,
-                                          const std::filesystem::path& saved, const std::string& label) {
+                                          cache_type type, thread_pool& pool, const std::filesystem::path& saved,
+                                          const std::string& label) {
   context c;
   c.n = static_cast<index_t>(tokens.size());
   c.caches = make_caches(m.config, type, c.n + more);
