@@ -51,18 +51,22 @@ template <class Q, kv_cache KV, executor E = serial_executor>
   r.rms.resize(rows);
 
   struct buffers {
-    std::vector<float> query, key, value;
+    std::vector<float> row;
+    Eigen::VectorXd query, key, value;
     std::vector<double> logits;
   };
   std::vector<buffers> of_worker(static_cast<std::size_t>(exec.workers()));  // allocated here: tasks must not throw
   for (buffers& b : of_worker) {
-    b.query.resize(key_width);
-    b.key.resize(key_width);
-    b.value.resize(width);
+    b.row.resize(std::max(width, key_width));
+    b.query.resize(static_cast<Eigen::Index>(key_width));
+    b.key.resize(static_cast<Eigen::Index>(key_width));
+    b.value.resize(static_cast<Eigen::Index>(width));
     b.logits.resize(static_cast<std::size_t>(longest(cache)));
   }
-  const auto as_double = [](const std::vector<float>& x) {
-    return kernel::const_float_map(x.data(), static_cast<Eigen::Index>(x.size())).template cast<double>();
+  const auto widen = [](const auto& from, std::vector<float>& row, Eigen::VectorXd& to) {
+    using kernel::load;
+    load(from, row.data());
+    for (Eigen::Index j = 0; j < to.size(); ++j) to[j] = row[static_cast<std::size_t>(j)];
   };
   exec.for_each(static_cast<index_t>(rows), [&](index_t task, index_t worker) {
     const index_t h = task % q.extents[2], t = task / q.extents[2] % q.extents[1],
@@ -72,13 +76,12 @@ template <class Q, kv_cache KV, executor E = serial_executor>
     const mask_view::line mask = options.mask.at(b, h, t);
     const auto [first, last] = visible_range(head.size(), q.extents[1], t, options);
     const index_t position = head.size() - q.extents[1] + t;
-    using kernel::load;
-    load(std::span<const Q>(&q(b, t, h, 0), s.query.size()), s.query.data());
+    widen(std::span<const Q>(&q(b, t, h, 0), key_width), s.row, s.query);
 
     double largest = options.sink_logits ? double{options.sink_logits[h]} : -std::numeric_limits<double>::infinity();
     for (index_t i = first; i < last; ++i) {
-      load(head.key(i), s.key.data());
-      double l = double{options.scale} * as_double(s.query).dot(as_double(s.key));
+      widen(head.key(i), s.row, s.key);
+      double l = double{options.scale} * s.query.dot(s.key);
       if (options.softcap > 0) l = options.softcap * std::tanh(l / options.softcap);
       if (mask) l += mask(i);
       if (options.alibi_slopes) l += double{options.alibi_slopes[h]} * static_cast<double>(i - position);
@@ -92,10 +95,10 @@ template <class Q, kv_cache KV, executor E = serial_executor>
     for (index_t i = first; i < last; ++i) {
       const double x = std::exp(s.logits[static_cast<std::size_t>(i)] - largest);
       if (x == 0) continue;
-      load(head.value(i), s.value.data());
+      widen(head.value(i), s.row, s.value);
       d += x;
-      o += x * as_double(s.value);
-      power += x * as_double(s.value).squaredNorm();
+      o += x * s.value;
+      power += x * s.value.squaredNorm();
     }
     o /= d;
     r.log_sum_exp[row] = largest + std::log(d);
