@@ -40,9 +40,8 @@ void check_request(request& r) {
 
 void print_summary(const nlohmann::ordered_json& s, const request& r) {
   const auto value = [&](const char* key) { return s[key].is_number() ? s[key].get<double>() : 0.0; };
-  const std::string promise = r.how == method::vattention
-                                  ? s["target"].get<std::string>() + ", " + s["bound"].get<std::string>()
-                                  : std::string("promises nothing");
+  const std::string promise = promises(r.how) ? s["target"].get<std::string>() + ", " + s["bound"].get<std::string>()
+                                              : std::string("promises nothing");
   std::printf("method       %s (%s)\n", s["method"].get<std::string>().c_str(),
               r.how == method::dense ? "exact" : promise.c_str());
   std::printf("density      %.4f   (%.1f rows of %.0f tokens in the cache; exact share %.3f)\n", value("density"),

@@ -28,8 +28,8 @@ inline void add_options(CLI::App& app, request& r) {
   app.add_flag("--causal", r.options.causal, "query t of T sees the tokens up to n - T + t")->group("Attention");
   add_number(app, "Attention", "--sliding-window", r.options.sliding_window, "see the latest X tokens alone; 0 = all");
 
-  add_choice(app, "Method", "--method", r.how, method_names(), "dense|top-k|sample|sinks-window|magic-pig|vattention",
-             "default vattention");
+  add_choice(app, "Method", "--method", r.how, method_names(),
+             "dense|top-k|sample|sinks-window|magic-pig|vattention|store", "default vattention");
   add_number(app, "Method", "--epsilon", r.settings.epsilon, "error allowed, in (0, 1); default 0.05");
   add_method_options(app, r);
   app.add_flag("--joint", r.settings.joint, "delta is for all queries and heads together, not for each")

@@ -18,7 +18,7 @@ class report {
  public:
   report(const request& r, const problem& p) : request_(r), problem_(p), head_failures_(count(p.heads)) {
     // Top-k and the like promise nothing; what they are measured by is the output.
-    promised_ = r.how == method::vattention ? r.target : target_kind::output;
+    promised_ = promises(r.how) ? r.target : target_kind::output;
     if (r.json_path.empty()) return;
     file_ = std::make_unique<support::atomic_file>(r.json_path);
     file_->stream() << "{\n\"certificates\": [";
@@ -59,7 +59,7 @@ class report {
     const double per_head = rows / static_cast<double>(problem_.heads);
     nlohmann::ordered_json s;
     s["method"] = to_string(request_.how);
-    if (request_.how == method::vattention) {
+    if (promises(request_.how)) {
       s["target"] = vattn::to_string(request_.target), s["bound"] = to_string(request_.bound);
     } else {
       s["target"] = s["bound"] = "none";

@@ -10,7 +10,8 @@
 namespace vattn::examples {
 
 /// T is float, Eigen::half or Eigen::bfloat16: the element type of a cache, of one sequence. Compiled once for each, in
-/// any_attention_*.cpp. Indices are built from the cache at the first call and brought up to it in later ones.
+/// any_attention_*.cpp. Indices are built from the cache at the first call and brought up to it in later ones; so is
+/// the store of method::store, which has rows of its own.
 template <class T>
 class any_attention {
  public:
@@ -30,7 +31,7 @@ class any_attention {
   void append(const kv_view<T>& cache);
   /// Forgets the tokens from n on.
   void truncate(index_t n);
-  /// Memory of the indices.
+  /// Memory of the indices, or of the store.
   [[nodiscard]] std::size_t bytes() const;
 
   /// Shapes and errors as `vattention`. Give the view value norms: selectors then need not read values.

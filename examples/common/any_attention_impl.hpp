@@ -77,6 +77,7 @@ class any_attention<T>::engine {
 
   void append(const kv_view<T>& cache) {
     if (choice_.how == method::magic_pig) return append_to_pigs(cache);
+    if (choice_.how == method::store) return append_to_store(cache);
     if (choice_.how != method::vattention || choice_.selector == "exact" || choice_.selector == "streaming-llm") return;
     if (std::holds_alternative<std::monostate>(heads_)) {
       const selector_entry& entry = *find_selector(choice_.selector);
@@ -98,10 +99,11 @@ class any_attention<T>::engine {
 
   void truncate(index_t n) {
     for_each_index([n](auto& index, index_t) { index.truncate(n); });
+    store_.truncate(n);
   }
 
   [[nodiscard]] std::size_t bytes() {
-    std::size_t sum = 0;
+    std::size_t sum = store_.row_bytes() + store_.sketch_bytes();
     for_each_index([&](const auto& index, index_t) { sum += index.bytes(); });
     return sum;
   }
@@ -124,6 +126,9 @@ class any_attention<T>::engine {
         append(c.cache);
         return magic_pig_attention(c.q, c.cache, c.options, c.result, memory_, pigs_,
                                    {.sinks = s.sinks, .window = s.window}, c.key, c.exec);
+      case method::store:
+        append(c.cache);
+        return vattention<store_policy>(s)(c.q, store_, c.options, c.result, memory_, c.key, c.exec);
       default:
         break;
     }
@@ -253,6 +258,30 @@ class any_attention<T>::engine {
     for (std::size_t h = 0; h < pigs_.size(); ++h) append_from(pigs_[h], cache.head(0, static_cast<index_t>(h)));
   }
 
+  // The whole cache at first, then its new tokens. With sinks and window as they are at first.
+  void append_to_store(const kv_view<T>& cache) {
+    const auto require = [](const status& s) {
+      if (!s) throw std::runtime_error(s.message());
+    };
+    const auto rows_of = [&](index_t h) { return cache.head(0, h); };
+    const index_t heads = cache.n_kv_heads(), n = heads > 0 ? rows_of(0).size() : 0;
+    if (store_.size() == 0) {
+      store_ = shuffled_store<T>({.n_kv_heads = heads,
+                                  .dk = cache.dk(),
+                                  .dv = cache.dv(),
+                                  .sinks = choice_.settings.sinks,
+                                  .window = choice_.settings.window,
+                                  .seed = index_seed});
+      return require(store_.assign(cache));
+    }
+    const index_t last = heads - 1;
+    for (index_t i = store_.size(); i < n; ++i) {
+      const T *k = rows_of(0).key(i).data(), *v = rows_of(0).value(i).data();
+      const auto stride = [last](const T* first, const T* of_last) { return last > 0 ? (of_last - first) / last : 0; };
+      require(store_.append(k, stride(k, rows_of(last).key(i).data()), v, stride(v, rows_of(last).value(i).data())));
+    }
+  }
+
   template <class Target>
   [[nodiscard]] status with_target(const attention_call<T>& c) {
     switch (choice_.bound) {
@@ -284,6 +313,7 @@ class any_attention<T>::engine {
       heads_;
   std::vector<any_index<score_says::estimate>> coarse_;
   std::vector<select::magic_pig> pigs_;
+  shuffled_store<T> store_;
 };
 
 template <class T>

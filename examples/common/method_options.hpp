@@ -16,8 +16,8 @@ namespace vattn::examples {
 [[nodiscard]] inline const std::map<std::string, method>& method_names() {
   static const std::map<std::string, method> names = [] {
     std::map<std::string, method> all;
-    for (const method m :
-         {method::dense, method::top_k, method::sample, method::sinks_window, method::magic_pig, method::vattention})
+    for (const method m : {method::dense, method::top_k, method::sample, method::sinks_window, method::magic_pig,
+                           method::vattention, method::store})
       all[to_string(m)] = m;
     return all;
   }();

@@ -22,7 +22,7 @@ struct method_runs {
   examples::method_choice choice;
   std::vector<run> runs;
 
-  [[nodiscard]] bool promises() const { return choice.how == examples::method::vattention; }
+  [[nodiscard]] bool promises() const { return examples::promises(choice.how); }
 
   /// The settings of a run after a context of n tokens.
   [[nodiscard]] config settings(const run& r, index_t n) const {
@@ -51,7 +51,7 @@ struct method_runs {
   for (const method how : methods) {
     method_runs m{base, {}};
     m.choice.how = how;
-    if (how == method::vattention) {
+    if (m.promises()) {
       for (const double epsilon : epsilons) m.runs.push_back({.epsilon = epsilon, .density = {}});
     } else if (how != method::dense && how != method::magic_pig) {
       for (const double density : densities) {

@@ -202,6 +202,29 @@ TEST_CASE("every method and target, with trials, a report and certificates", "[a
   }
 }
 
+TEST_CASE("attend from a store, which is worth its codes for long caches alone", "[attend]") {
+  const auto run = [](const files& f, const std::string& options) {
+    const auto out = f.output("--method store --epsilon 0.2 --sinks 16 --window 16 --trials 2 --json '" +
+                              f.f / "r.json" + "' " + options);
+    std::ifstream json(f.f / "r.json");
+    return nlohmann::json::parse(json).at("summary");
+  };
+  const auto brief = run(files({.queries = 1, .heads = 4, .kv_heads = 2, .n = 300, .dk = 8, .dv = 6}, 5), "");
+  CHECK(brief.at("density") == 1);
+  CHECK(brief.at("error_mean").get<double>() < 1e-5);
+  CHECK(brief.at("target") == "output");
+
+  const files f({.queries = 1, .heads = 4, .kv_heads = 2, .n = 60000, .dk = 16, .dv = 6}, 6);
+  const auto summary = run(f, "");
+  CAPTURE(summary.dump());
+  CHECK(summary.at("density").get<double>() < 0.5);
+  CHECK(summary.at("error_mean").get<double>() > 1e-6);
+  CHECK(summary.at("error_mean").get<double>() < 0.2);
+  check_refused(f.inputs + "--method store --sliding-window 50", "a store is attended whole");
+  check_refused(f.inputs + "--method store --target sdpa", "--method store goes with --target output");
+  check_refused(f.inputs + "--method store --bound bernstein", "--method store goes with --target output");
+}
+
 TEST_CASE("attend lists its selectors and runs each with either sampler", "[attend]") {
   const files f({.queries = 1, .heads = 2, .kv_heads = 1, .n = 2500, .dk = 12, .dv = 6}, 4);
   const outcome list = attend("--list");

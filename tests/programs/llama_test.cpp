@@ -150,10 +150,10 @@ TEST_CASE("every method on one prefill, audited", "[llama]") {
   const files f(2100);
   const json report =
       f.report(option("text", f.f / "text") + option("csv", f.f / "r.csv") +
-               "--context 2000 --bytes 30 --method dense,vattention,top-k,sample,sinks-window,magic-pig "
+               "--context 2000 --bytes 30 --method dense,vattention,top-k,sample,sinks-window,magic-pig,store "
                "--epsilon 0.05,0.3 --density 0.05,0.3 --audit --cache-type f32");
   const auto& rows = report.at("rows");
-  REQUIRE(rows.size() == 10);
+  REQUIRE(rows.size() == 12);
   const double dense = rows[0].at("bits_per_byte").get<double>();
   CHECK_THAT(dense, WithinAbs(f.expected_bits(2000, 30), 1e-4));
   CHECK(rows[0].at("density") == 1.0);
@@ -182,8 +182,18 @@ TEST_CASE("every method on one prefill, audited", "[llama]") {
     CHECK(rows[i].at("error_mean").get<double>() > 1e-3);
   }
   CHECK(rows[9].at("method") == "magic-pig");
+  for (const std::size_t i : {10u, 11u}) {  // so short that it reads all rows, in an order of its own
+    const auto& r = rows[i];
+    CAPTURE(r.dump());
+    CHECK(r.at("method") == "store");
+    CHECK(r.at("epsilon") == (i == 10 ? 0.05 : 0.3));
+    CHECK(r.at("density") == 1.0);
+    CHECK(r.at("violations") == 0.0);
+    CHECK(r.at("error_mean").get<double>() < 1e-5);
+    CHECK_THAT(r.at("bits_per_byte").get<double>(), WithinAbs(dense, 1e-4));
+  }
   const std::string csv = read_bytes(f.f / "r.csv");
-  CHECK(std::count(csv.begin(), csv.end(), '\n') == 11);
+  CHECK(std::count(csv.begin(), csv.end(), '\n') == 13);
   CHECK(contains(csv, "\ntext,2000,vattention,0.05,,0.1,"));
 }
 
