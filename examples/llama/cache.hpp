@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <variant>
@@ -9,6 +10,7 @@
 
 #include "common/value_norms.hpp"
 #include "llama/config.hpp"
+#include "vattn/runtime/pages.hpp"
 #include "vattn/vattn.hpp"
 
 namespace vattn::llama {
@@ -21,9 +23,21 @@ enum class cache_type : std::uint8_t { f32, f16, bf16 };
 }
 
 namespace detail {
+/// In huge pages, as a store's rows are: methods that read all rows would pay for page walks.
 template <class T>
-struct cache_rows {
-  std::vector<T> k, v;
+class cache_rows {
+ public:
+  using element = T;
+  explicit cache_rows(std::size_t size) {
+    if (!k_.resize(size * sizeof(T)) || !v_.resize(size * sizeof(T))) throw std::bad_alloc();
+  }
+  [[nodiscard]] T* k() { return reinterpret_cast<T*>(k_.data()); }
+  [[nodiscard]] T* v() { return reinterpret_cast<T*>(v_.data()); }
+  [[nodiscard]] const T* k() const { return reinterpret_cast<const T*>(k_.data()); }
+  [[nodiscard]] const T* v() const { return reinterpret_cast<const T*>(v_.data()); }
+
+ private:
+  page_buffer k_, v_;
 };
 }  // namespace detail
 
@@ -31,12 +45,10 @@ struct cache_rows {
 class layer_cache {
  public:
   layer_cache(cache_type type, index_t kv_heads, index_t head_dim, index_t capacity)
-      : kv_heads_(kv_heads), head_dim_(head_dim), capacity_(capacity) {
-    const auto size = static_cast<std::size_t>(kv_heads * capacity * head_dim);
-    if (type == cache_type::f32) rows_ = make_rows<float>(size);
-    if (type == cache_type::f16) rows_ = make_rows<Eigen::half>(size);
-    if (type == cache_type::bf16) rows_ = make_rows<Eigen::bfloat16>(size);
-  }
+      : rows_(make_rows(type, static_cast<std::size_t>(kv_heads * capacity * head_dim))),
+        kv_heads_(kv_heads),
+        head_dim_(head_dim),
+        capacity_(capacity) {}
 
   [[nodiscard]] index_t size() const { return size_; }
   [[nodiscard]] index_t capacity() const { return capacity_; }
@@ -58,14 +70,14 @@ class layer_cache {
   void write(index_t first, index_t count, const float* k, const float* v) {
     std::visit(
         [&](auto& r) {
-          using element = typename std::remove_cvref_t<decltype(r.k)>::value_type;
+          using element = typename std::remove_cvref_t<decltype(r)>::element;
           for (index_t i = 0; i < count; ++i) {
             for (index_t h = 0; h < kv_heads_; ++h) {
               const auto to = static_cast<std::size_t>((h * capacity_ + first + i) * head_dim_);
               const auto from = static_cast<std::size_t>((i * kv_heads_ + h) * head_dim_);
               for (std::size_t j = 0; j < static_cast<std::size_t>(head_dim_); ++j) {
-                r.k[to + j] = element(k[from + j]);
-                r.v[to + j] = element(v[from + j]);
+                r.k()[to + j] = element(k[from + j]);
+                r.v()[to + j] = element(v[from + j]);
               }
             }
           }
@@ -102,7 +114,7 @@ class layer_cache {
   /// Bytes of n tokens of every head, K and V.
   [[nodiscard]] std::size_t bytes(index_t n) const {
     const auto numbers = static_cast<std::size_t>(2 * kv_heads_ * n * head_dim_);
-    return std::visit([&](const auto& r) { return numbers * sizeof(r.k[0]); }, rows_);
+    return std::visit([&](const auto& r) { return numbers * sizeof(*r.k()); }, rows_);
   }
   /// n tokens from bytes(n) bytes; n <= capacity.
   void load(std::span<const std::byte> in, index_t n) {
@@ -121,9 +133,11 @@ class layer_cache {
  private:
   template <class T>
   using rows = detail::cache_rows<T>;
-  template <class T>
-  [[nodiscard]] static rows<T> make_rows(std::size_t size) {
-    return {std::vector<T>(size), std::vector<T>(size)};
+  using any_rows = std::variant<rows<float>, rows<Eigen::half>, rows<Eigen::bfloat16>>;
+  [[nodiscard]] static any_rows make_rows(cache_type type, std::size_t size) {
+    if (type == cache_type::f32) return rows<float>(size);
+    if (type == cache_type::f16) return rows<Eigen::half>(size);
+    return rows<Eigen::bfloat16>(size);
   }
 
   template <class T>
@@ -131,20 +145,19 @@ class layer_cache {
     const auto row = static_cast<index_t>(sizeof(T)) * head_dim_;
     const kv_strides strides{.token = row, .head = row * capacity_, .batch = row * capacity_ * kv_heads_};
     const kv_shape shape{.n_batch = 1, .n_kv_heads = kv_heads_, .n_tokens = size_, .dk = head_dim_, .dv = head_dim_};
-    const kv_view<T> view(r.k.data(), strides, r.v.data(), strides, shape);
+    const kv_view<T> view(r.k(), strides, r.v(), strides, shape);
     return norms_.centres.empty() ? view : view.with_norms(norms_.view());
   }
 
   template <class Rows, class Visit>
   void for_each_run(Rows& r, Visit&& visit) const {
-    const std::size_t bytes = static_cast<std::size_t>(size_ * head_dim_) * sizeof(r.k[0]);
-    for (auto* side : {&r.k, &r.v}) {
-      for (index_t h = 0; h < kv_heads_ && bytes > 0; ++h)
-        visit(side->data() + static_cast<std::size_t>(h * capacity_ * head_dim_), bytes);
+    const std::size_t bytes = static_cast<std::size_t>(size_ * head_dim_) * sizeof(*r.k());
+    for (auto* side : {r.k(), r.v()}) {
+      for (index_t h = 0; h < kv_heads_ && bytes > 0; ++h) visit(side + h * capacity_ * head_dim_, bytes);
     }
   }
 
-  std::variant<rows<float>, rows<Eigen::half>, rows<Eigen::bfloat16>> rows_;
+  any_rows rows_;
   index_t kv_heads_, head_dim_, capacity_, size_ = 0;
   examples::value_norms norms_;
 };
