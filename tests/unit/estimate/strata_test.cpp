@@ -103,7 +103,10 @@ TEST_CASE("a stratum's scalars are the sums they stand for, and rescale with the
   for (const auto kind : {rows_of_stratum::picked, rows_of_stratum::light, rows_of_stratum::certain}) {
     rows_of_stratum rows(150, 5, kind, 4, centre);
     check_scalars(rows, centre, 1);
+    const std::vector<float> away(5);
+    const double dimension = rows.sums.dimension(0, away.data(), 7.5);
     rows.sums.rescale(0, 0.37);
+    CHECK_THAT(rows.sums.dimension(0, away.data(), 7.5), WithinRel(dimension, 1e-4));
     check_scalars(rows, centre, 0.37);
     rows.sums.clear();
     CHECK(rows.sums.rows() == 0);
@@ -206,17 +209,21 @@ TEST_CASE("strata: a sample of all, or of one row, adds no variance of its own",
 }
 
 TEST_CASE("a stratum's dimension is that of its values", "[estimate][strata]") {
-  const auto inverse_mean = [](index_t dv, float first_axis) {
+  const auto inverse_mean = [](index_t dv, float first_axis, float output = 1) {
     const std::vector<float> centre(static_cast<std::size_t>(dv), 1.0f);
     double inverse = 0;
-    constexpr unsigned trials = 60;
+    constexpr unsigned trials = 300;
     for (unsigned seed = 0; seed < trials; ++seed) {
       const rows_of_stratum rows(384, dv, rows_of_stratum::light, seed, centre, first_axis);
-      inverse += 1 / rows.sums.dimension(0, centre.data(), 0) / trials;
+      const std::vector<float> o(centre.size(), output);
+      const double away2 = static_cast<double>(dv) * std::pow(static_cast<double>(output) - 1, 2);
+      inverse += 1 / rows.sums.dimension(0, o.data(), away2) / trials;
     }
     return 1 / inverse;
   };
   CHECK_THAT(inverse_mean(1, 1), WithinRel(1, 1e-4));
   CHECK_THAT(inverse_mean(8, 1), WithinRel(8, 0.15));
+  // About 0 instead of their mean of ones: I + 11ᵀ, of trace 16 and eigenvalues 9 and seven ones.
+  CHECK_THAT(inverse_mean(8, 1, 0), WithinRel(16.0 * 16 / (81 + 7), 0.2));
   CHECK(inverse_mean(8, 20) < 2);  // 1.04, but for the scatter of eight sums
 }
