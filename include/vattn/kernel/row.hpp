@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <bit>
 #include <concepts>
-#include <cstring>
 #include <span>
 
 #include "vattn/config.hpp"
@@ -37,7 +36,7 @@ using const_float_map = Eigen::Map<const Eigen::VectorXf>;
 template <element T, std::size_t E>
 inline void load(std::span<const T, E> row, float* out) noexcept {
   if constexpr (std::same_as<T, float>) {
-    std::memcpy(out, row.data(), row.size_bytes());
+    std::copy(row.begin(), row.end(), out);  // unlike memcpy, it takes an empty row without an address
   } else {
     const auto* bits = reinterpret_cast<const std::uint16_t*>(row.data());
     for (std::size_t j = 0; j < row.size(); ++j) {

@@ -134,7 +134,7 @@ class block_codes {
       t[0] = 0;
       int have = 1;
       for (int j = 0; j < per; ++j) {  // lower coordinates in lower bits: each one multiplies what is there
-        const float q = scratch[static_cast<std::size_t>(g * per + j)];
+        const float q = scratch.data()[g * per + j];
         for (int level = levels - 1; level >= 0; --level) {
           const float add = q * static_cast<float>(2 * level - levels + 1);
           for (int e = 0; e < have; ++e) t[level * have + e] = t[e] + add;
@@ -206,12 +206,14 @@ class block_codes {
       const float half = bits_ == 1 ? 1.0f : bits_ == 2 ? 0.4979f : 0.2930f;
       const int levels = 1 << bits_, per = 6 / bits_;
       const float inverse = square > 0 ? std::sqrt(static_cast<float>(width()) / square) / (2 * half) : 0;
+      const float edge = 0.5f * static_cast<float>(levels);
       float along = 0, norm2 = 0;
       for (int g = 0; g < groups_; ++g) {
         unsigned number = 0;
         for (int j = 0; j < per; ++j) {
-          const float y = buffer_[static_cast<std::size_t>(g * per + j)];
-          const int up = std::clamp(static_cast<int>(std::floor(y * inverse)) + levels / 2, 0, levels - 1);
+          const float y = buffer_.data()[g * per + j];
+          // `inverse` of a tiny square is ∞: what is not a number (0·∞) becomes the lowest level in this order.
+          const int up = static_cast<int>(std::min(std::max(0.0f, std::floor(y * inverse) + edge), 2 * edge - 1));
           const auto c = static_cast<float>(2 * up - levels + 1);
           along += c * y;
           norm2 += c * c;

@@ -116,7 +116,7 @@ class codebook {
     for (std::size_t g = 0; g < groups(); ++g) {
       const auto width = static_cast<std::size_t>(widths_[g]);
       const random_stream random({.seed = seed, .layer = purpose}, static_cast<std::uint32_t>(g));
-      k_means(points.data() + start, n, stride, width, entries(), iterations, random,
+      k_means(points.subspan(n > 0 ? start : 0).data(), n, stride, width, entries(), iterations, random,
               centroids_.data() + start * entries());
       start += width;
     }

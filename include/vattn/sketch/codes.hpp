@@ -282,7 +282,8 @@ class key_codes {
     if (Bits == 1 || !(half_step > 0)) return y < 0 ? -1 : 1;
     const float cell = std::floor(y / (2 * half_step));
     constexpr auto edge = static_cast<float>(1 << (Bits - 1));
-    return 2 * static_cast<int>(std::clamp(cell, -edge, edge - 1)) + 1;
+    // In this order what is not a number (∞/∞) becomes the lowest code, and std::clamp would let it through.
+    return 2 * static_cast<int>(std::min(std::max(-edge, cell), edge - 1)) + 1;
   }
 
   static constexpr index_t forgetting = 1024;

@@ -275,7 +275,7 @@ class learned_codes {
         moments_[j * d + k] =
             static_cast<float>((trace > 0 ? (1 - share) * sum[j * d + k] / trace : 0) + (j == k ? even : 0));
     }
-    learned_square_ = moved.empty() ? 0 : trace / static_cast<double>(moved.size() / d);
+    learned_square_ = moved.empty() ? 0 : trace * static_cast<double>(d) / static_cast<double>(moved.size());
   }
 
  protected:

@@ -226,3 +226,34 @@ TEST_CASE("codes of the smallest heads", "[sketch]") {
     }
   }
 }
+
+namespace {
+
+template <int Bits>
+void check_bad_keys() {
+  constexpr float inf = std::numeric_limits<float>::infinity();
+  for (const float bad : {std::nanf(""), inf, -inf}) {
+    CAPTURE(Bits, bad);
+    keys k(20, 16, 5, 1);
+    k.data[19 * 16 + 7] = bad;
+    sketch::key_codes<Bits> codes(16, 2);
+    for (index_t i = 0; i < k.n; ++i) codes.append(k.row(i));
+    std::vector<float> errors;
+    const std::vector<float> scores = scores_of(codes, k, &errors);
+    for (std::size_t i = 0; i < 19; ++i) {
+      CHECK(std::isfinite(errors[i]));
+      CHECK(std::abs(k.product(static_cast<index_t>(i)) - scores[i]) <=
+            codes.bound_over_error() * errors[i] * (1 + 1e-5f) + 1e-4);
+    }
+    CHECK_FALSE(errors[19] < inf);
+  }
+}
+
+}  // namespace
+
+TEST_CASE("a key that is not finite has no error that is a number, and harms no other", "[sketch]") {
+  check_bad_keys<1>();
+  check_bad_keys<2>();
+  check_bad_keys<4>();
+  check_bad_keys<8>();
+}
