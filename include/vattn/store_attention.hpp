@@ -10,9 +10,8 @@
 
 #include "vattn/configuration.hpp"
 #include "vattn/estimate/group.hpp"
-#include "vattn/estimate/strata.hpp"
+#include "vattn/estimate/store_reader.hpp"
 #include "vattn/exact_attention.hpp"
-#include "vattn/kernel/scan.hpp"
 #include "vattn/kv/store.hpp"
 #include "vattn/runtime/call.hpp"
 #include "vattn/sample/store_plan.hpp"
@@ -22,20 +21,19 @@ namespace vattn {
 /// Scratch of a group of heads, taken from the call's workspace.
 template <class Head>
 struct store_scratch {
-  std::span<std::uint8_t> tables;      // [heads][groups][64]
-  std::span<float> table, rotated;     // one head's: [heads][groups·64], [width]
-  std::span<float> queries, prepared;  // [heads, dk], and as block kernels want them
-  std::span<float> picked, light;      // stratum::storage_size
-  std::span<float> x, spare;           // [heads, block_rows]
-  std::span<float> output, vectors;    // [heads, dv], [2, dv]
-  std::span<kernel::scan_pick> picks;
+  std::span<std::uint8_t> tables;    // [heads][groups][64]
+  std::span<float> table;            // of query_tables::make
+  std::span<float> queries;          // [heads, dk]
+  std::span<float> output, vectors;  // [heads, dv], [2, dv]
+  std::span<float> level;            // [block_rows]
+  store_reader_memory reader;
   std::span<float> plan;                      // plan_rows::storage_size
+  std::span<float> plan_terms;                // store_planner::storage_size
   std::span<query_row<Head>> exact_rows;      // [heads]
   std::span<float> exact_part, exact_logits;  // as query_group wants them
-  std::span<float> plan_terms;                // store_planner::storage_size
 
   /// More picks than this cost more than reading all rows.
-  [[nodiscard]] static std::size_t most_picks(index_t n) noexcept { return static_cast<std::size_t>(n / 6 + 512); }
+  [[nodiscard]] static index_t most_picks(index_t n) noexcept { return n / 6 + 512; }
 
   [[nodiscard]] static store_scratch take(arena& a, index_t n, index_t heads, index_t dk, index_t dv) noexcept {
     const auto h = static_cast<std::size_t>(heads), width = static_cast<std::size_t>(dv);
@@ -44,22 +42,17 @@ struct store_scratch {
     const std::size_t groups = std::max<std::size_t>(coordinates / 6 + 1, 22);
     store_scratch s;
     s.tables = a.take<std::uint8_t>(h * groups * 64);
-    s.table = a.take<float>(h * groups * 64);
-    s.rotated = a.take<float>(coordinates);
+    s.table = a.take<float>(h * groups * 64 + coordinates);
     s.queries = a.take<float>(h * static_cast<std::size_t>(dk));
-    s.prepared = a.take<float>(kernel::query_storage(heads, dk));
-    s.picked = a.take<float>(stratum::storage_size(heads, dv));
-    s.light = a.take<float>(stratum::storage_size(heads, dv));
-    s.x = a.take<float>(h * kernel::block_rows);
-    s.spare = a.take<float>(h * kernel::block_rows);
     s.output = a.take<float>(h * width);
     s.vectors = a.take<float>(2 * width);
-    s.picks = a.take<kernel::scan_pick>(most_picks(n));
+    s.level = a.take<float>(static_cast<std::size_t>(kernel::block_rows));
+    s.reader = store_reader_memory::take(a, heads, dk, dv, most_picks(n));
     s.plan = a.take<float>(plan_rows::storage_size(heads));
+    s.plan_terms = a.take<float>(store_planner::storage_size(heads));
     s.exact_rows = a.take<query_row<Head>>(h);
     s.exact_part = a.take<float>(h * width);
     s.exact_logits = a.take<float>(query_group<Head>::logits_size(heads));
-    s.plan_terms = a.take<float>(store_planner::storage_size(heads));
     return s;
   }
 };
@@ -72,14 +65,26 @@ template <class Head>
   return count.used() + workspace::alignment;
 }
 
+/// Whether a store of n tokens, `past` of them in random order, may be sampled for less than it takes to read them all.
+/// A pilot that ends in exact attention is a twentieth of it at most, where the past is this long.
+[[nodiscard]] inline bool worth_sampling(index_t n, index_t past, index_t heads) noexcept {
+  const read_costs costs(heads);
+  return past >= 32 * kernel::scan_keys && 2.5 * costs.least(past) <= costs.dense(n);
+}
+
 /// One call's work for the heads of a group:
-///   prepare -> pilot -> plan -> scan -> read -> judge, the last three again with lower thresholds while a head is not
+///   tables -> pilot -> plan -> scan -> keys -> thin -> values -> judge, again with more rows while a head is not
 /// verified. Each token is sampled by whichever design gives it the larger probability: Poisson sampling with π from
-/// its code (picked), or the slice of m of N rows (light, π < m/N). Both depend on the code alone, so every estimate is
-/// unbiased over the draw and the store's order; docs/mathematics.md has the details.
-template <bound B, class Head>
+/// its code (picked), or the slice of m of N rows (light, π < m/N). Of the picked ones the key is read, and the value
+/// if the logit says that it is worth it. Both depend on the token alone, so every estimate is unbiased over the draw
+/// and the store's order; docs/mathematics.md has the details.
+template <class Policy, class Head>
 class store_sampler {
+  using B = typename Policy::bound;
   using T = typename Head::key_element;
+  using stage = sample::store_stage;
+  enum class next_step : std::uint8_t { done, extend, scan, give_up };
+  static void enter(stage s) noexcept { Policy::sampler::enter(s); }
 
  public:
   store_sampler(head_group<Head>& group, const config& settings, const store_scratch<Head>& memory) noexcept
@@ -87,48 +92,73 @@ class store_sampler {
     heads_ = group.size();
     blocks_ = head_.past() / kernel::scan_keys;
     rows_ = blocks_ * kernel::scan_keys;
-    random_stream random = group[0].stream;
-    query_.numbers = (std::uint64_t{random.next()} << 32) | random.next();
-    first_block_ = random.below(static_cast<std::uint32_t>(std::max<index_t>(1, blocks_)));
-    coins_ = random.fork(1);
+    random_ = group[0].stream;
+    tables_.query.numbers = (std::uint64_t{random_.next()} << 32) | random_.next();
+    first_block_ = random_.below(static_cast<std::uint32_t>(std::max<index_t>(1, blocks_)));
   }
 
   /// Attends every head: verified, or exactly where that costs less or does not come to an end.
   void run() noexcept {
+    if (!worth_sampling(head_.size(), head_.past(), heads_)) return rest_exactly();
+    // Squares of distances are to be numbers that float holds well.
+    if (!(codes_.reach_unit() > 1e-12f && codes_.reach_unit() < 1e12f)) return rest_exactly();
     const read_costs costs(heads_);
-    // A pilot that ends in exact attention is a twentieth of it at most, where the past is this long.
-    if (blocks_ < 32 || 2.5 * costs.least(rows_) > costs.dense(head_.size())) return rest_exactly();
-    if (!prepare() || !pilot()) return rest_exactly();
-    choice_ = choose(costs);
-    if (choice_.cost > costs.dense(head_.size())) return rest_exactly();
-    const auto most = static_cast<index_t>(settings_.max_density * static_cast<double>(head_.size()));
-    bool scan_again = true;
-    index_t picks = 0, have = 0;  // rows of the slice that are in the sums
-    for (index_t round = 1; round <= settings_.max_rounds; ++round) {
-      if (scan_again) {
-        set_thresholds();
-        picks = kernel::scan(how_, query_, codes_.view(), 0, blocks_, s_.picks.data(), 0,
-                             static_cast<index_t>(s_.picks.size()));
-      }
-      if (picks < 0 || fixed() + picks + choice_.slice > most) break;
-      if (!(scan_again ? read(picks, choice_.slice, 1.0) : read_slice(have, choice_.slice))) break;
-      have = choice_.slice;
-      const verdict v = judge(round, picks);
-      if (v == verdict::done) break;
-      scan_again = v == verdict::scan;
-    }
+    enter(stage::tables);
+    for (index_t g = 0; g < heads_; ++g)
+      std::copy_n(group_[g].row.scaled_query, head_.dk(), s_.queries.data() + g * head_.dk());
+    if (!tables_.make(codes_, s_.queries.data(), heads_, head_.dk(), s_.tables, s_.table)) return rest_exactly();
+    store_reader<Head> read(head_, tables_, heads_, s_.queries.data(), group_[0].row.scale, s_.reader, random_.fork(1));
+    sample_until_verified(read, costs);
+    for (index_t g = 0; g < heads_; ++g) group_[g].ok = group_[g].ok && (read.odd() >> g & 1) == 0;
     rest_exactly();
   }
 
  private:
-  static constexpr std::size_t at(index_t i) noexcept { return static_cast<std::size_t>(i); }
-  static constexpr index_t pilot_slice = 256;
-  using entry_block = Eigen::Array<float, 64, 1>;
+  [[nodiscard]] static constexpr std::size_t at(index_t i) noexcept { return static_cast<std::size_t>(i); }
+  static constexpr index_t pilot_blocks = 4;
 
   [[nodiscard]] index_t fixed() const noexcept { return head_.size() - rows_; }
 
+  void sample_until_verified(store_reader<Head>& read, const read_costs& costs) noexcept {
+    enter(stage::pilot);
+    if (!pilot(read)) return;
+    enter(stage::plan);
+    choice_ = choose(costs, read);
+    if (choice_.cost > costs.dense(head_.size())) return;
+    const auto most = static_cast<index_t>(settings_.max_density * static_cast<double>(head_.size()));
+    squeeze_.fill(1);
+    next_step next = next_step::scan;
+    index_t candidates = 0, have = 0;  // blocks of the slice that are in the sums
+    for (index_t round = 1; round <= settings_.max_rounds; ++round) {
+      const index_t want = choice_.slice / kernel::scan_keys;
+      if (next == next_step::scan) {
+        enter(stage::scan);
+        candidates = scan(0, blocks_, reserve, s_.reader.capacity);
+        if (candidates < 0) return;
+        read.clear();
+        have = picks_ = 0;
+        above_ = static_cast<index_t>(std::lround(held_back / static_cast<double>(tables_.step)));
+      }
+      if (fixed() + picks_ + choice_.slice > most) return;
+      enter(stage::slice);
+      read.clear_picked();
+      if (!read_fixed(read)) return;
+      if (!read.read_slice(first_block_, have, want)) return;
+      have = want;
+      enter(stage::picks);
+      next = weigh_enough(read, candidates);
+      if (next == next_step::give_up) return;
+      if (next == next_step::scan) continue;
+      read_values(read);
+      enter(stage::judge);
+      next = judge(read, round);
+      if (next == next_step::done) return;
+    }
+  }
+
   // All rows, for the heads that are not done.
   void rest_exactly() noexcept {
+    enter(stage::exact);
     std::array<index_t, max_group> which{};
     std::array<softmax_state, max_group> states;
     index_t count = 0;
@@ -146,7 +176,7 @@ class store_sampler {
     const kernel::isa how = kernel::active_isa();
     const query_group<Head> together{
         s_.exact_rows.data(), states.data(),
-        kernel::prepare_queries<T>(how, s_.queries.data(), count, dk, group_[0].row.scale, s_.prepared),
+        kernel::prepare_queries<T>(how, s_.queries.data(), count, dk, group_[0].row.scale, s_.reader.prepared),
         s_.exact_part.first(at(count * head_.dv())), s_.exact_logits};
     std::uint32_t odd = 0;
     for (index_t from = 0; from < head_.size(); from += phase_rows)
@@ -160,166 +190,120 @@ class store_sampler {
     }
   }
 
-  // Query tables in whole steps, one step for all heads. False: see head_task::ok.
-  [[nodiscard]] bool prepare() noexcept {
-    const index_t dk = head_.dk();
-    for (index_t g = 0; g < heads_; ++g) std::copy_n(group_[g].row.scaled_query, dk, s_.queries.data() + g * dk);
-    how_ = kernel::active_isa();
-    prepared_ = kernel::prepare_queries<T>(how_, s_.queries.data(), heads_, dk, group_[0].row.scale, s_.prepared);
-    picked_ = stratum(s_.picked, heads_, head_.dv());
-    light_ = stratum(s_.light, heads_, head_.dv());
-
-    const auto entries = static_cast<std::size_t>(codes_.groups()) * 64;
-    float delta = 0;
-    for (index_t g = 0; g < heads_; ++g) {
-      const std::span<float> table = s_.table.subspan(at(g) * entries, entries);
-      codes_.tabulate(s_.queries.data() + g * dk, s_.rotated, table);
-      float norm2 = 0;
-      for (const float x : s_.rotated) norm2 += x * x;
-      if (!std::isfinite(norm2)) return false;
-      norm_[at(g)] = std::sqrt(norm2);
-      offset_[at(g)] = codes_.offset(s_.rotated);
-      reference_[at(g)] = -std::numeric_limits<float>::infinity();
-      float all = 0;
-      for (std::size_t from = 0; from < entries; from += 64) {
-        const Eigen::Map<const entry_block> t(table.data() + from);
-        const float range = t.maxCoeff() - t.minCoeff();
-        delta = std::max(delta, range / 63);
-        all += range;
-      }
-      // Entries are rounded up by less than 1 each.
-      delta = std::max(delta, all / static_cast<float>(kernel::scan_query::largest_sum - codes_.groups()));
-    }
-    const float unit = std::max(codes_.alpha_unit(), std::numeric_limits<float>::min());
-    delta = std::max(delta, 16 * kernel::scan_query::smallest_step / unit);
-    step_ = delta * unit / 16;
-    for (index_t g = 0; g < heads_; ++g) {
-      float bias = 0;
-      for (std::size_t from = 0; from < entries; from += 64) {
-        const Eigen::Map<const entry_block> t(s_.table.data() + at(g) * entries + from);
-        const float low = t.minCoeff();
-        bias += low;
-        const Eigen::Array<int, 64, 1> whole = ((t - low) * (1 / delta) + 0.5f).cast<int>();
-        std::uint8_t* to = s_.tables.data() + at(g) * entries + from;
-        for (int e = 0; e < 64; ++e) to[e] = static_cast<std::uint8_t>(whole[e]);
-      }
-      query_.bias[at(g)] = static_cast<std::int16_t>(std::lround(16 * bias / delta));
-    }
-    query_.tables = s_.tables.data();
-    query_.heads = static_cast<int>(heads_);
-    query_.noise_factor = static_cast<std::int16_t>(std::max(1l, std::lround(32768 / (1024 * step_))));
-    query_.reach_factor = static_cast<std::int16_t>(std::max(1l, std::lround(32768 / (512 * step_))));
-    // Rounding of the tables: uniform errors of 16 steps a group.
-    table_error_ = 16 * step_ * std::sqrt(static_cast<float>(codes_.groups()) / 12);
-    slope_ = 1 / std::sqrt(static_cast<float>(codes_.width()));
-    return true;
+  [[nodiscard]] bool read_fixed(store_reader<Head>& read) const noexcept {
+    const index_t sinks = head_.sinks(), after = sinks + rows_;
+    return read.read_fixed(0, sinks) && read.read_fixed(after, head_.size() - after);
   }
 
-  [[nodiscard]] float score(const kernel::scan_pick& p, index_t g) const noexcept {
-    return static_cast<float>(p.score[at(g)]) * step_;  // of k − μ
-  }
-  // log(max(r, K)/unit), as the scan has it.
-  [[nodiscard]] float log_reach(const kernel::scan_pick& p) const noexcept {
-    return step_ * static_cast<float>(
-                       std::max(kernel::detail::multiply_round(p.reach, query_.reach_factor), int{query_.least_reach}));
+  // Picks of blocks [first, last), around the end, at thresholds `lower` than chosen, nats. There may be `room`; -1 if
+  // there are more.
+  [[nodiscard]] index_t scan(index_t first, index_t last, double lower, index_t room) noexcept {
+    set_thresholds(lower);
+    const kernel::isa how = kernel::active_isa();
+    room = std::min(room, s_.reader.capacity);
+    index_t picks = kernel::scan(how, tables_.query, codes_.view(), first, std::min(last, blocks_),
+                                 s_.reader.picks.data(), 0, room);
+    if (picks < 0 || last <= blocks_) return picks;
+    return kernel::scan(how, tables_.query, codes_.view(), 0, last - blocks_, s_.reader.picks.data(), picks, room);
   }
 
   // A first look: a slice, and the picks of an eighth of the past at thresholds that a few scores suggest.
-  [[nodiscard]] bool pilot() noexcept {
+  [[nodiscard]] bool pilot(store_reader<Head>& read) noexcept {
+    kernel::scan_query& query = tables_.query;
     const index_t part = std::max<index_t>(32, blocks_ / 8);
-    for (index_t g = 0; g < heads_; ++g)
-      query_.plain[at(g)] = query_.floor[at(g)] = query_.slack[at(g)] = query_.sure[at(g)] = 0;
-    query_.least_reach = -32767;
-    query_.cut = 0;
+    query.plain = query.floor = query.slack = query.sure = {};
+    query.least_reach = -32767;
+    query.cut = 0;
     std::array<double, max_group> mass{};
     constexpr index_t looks = 8;
+    const kernel::isa how = kernel::active_isa();
+    kernel::scanned_keys keys;
     for (index_t b = 0; b < looks; ++b) {
-      kernel::scan_all(how_, query_, codes_.view(), (first_block_ + b * part / looks) % blocks_, slice_.data());
+      kernel::scan_all(how, query, codes_.view(), (first_block_ + b * part / looks) % blocks_, keys);
       for (index_t g = 0; g < heads_; ++g) {
-        float* level = s_.x.data();
+        float *level = s_.level.data(), sum = 0, square = 0, top = -std::numeric_limits<float>::infinity();
         for (index_t i = 0; i < kernel::scan_keys; ++i) {
-          const auto x = static_cast<double>(score(slice_[at(i)], g));
-          score_mean_[at(g)] += x / (looks * kernel::scan_keys);
-          score_variance_[at(g)] += x * x / (looks * kernel::scan_keys);
-        }
-        float top = -std::numeric_limits<float>::infinity();
-        for (index_t i = 0; i < kernel::scan_keys; ++i) {
-          level[i] = score(slice_[at(i)], g) + log_reach(slice_[at(i)]);
+          const float x = tables_.score(keys.score[g][i]);
+          sum += x;
+          square += x * x;
+          level[i] = x + tables_.log_reach(keys.reach[i]);
           top = std::max(top, level[i]);
         }
-        mass[at(g)] += static_cast<double>(kernel::block_exponentials(how_, level, kernel::scan_keys, top)) *
+        score_mean_[at(g)] += static_cast<double>(sum) / (looks * kernel::scan_keys);
+        score_variance_[at(g)] += static_cast<double>(square) / (looks * kernel::scan_keys);
+        mass[at(g)] += static_cast<double>(kernel::block_exponentials(how, level, kernel::scan_keys, top)) *
                        std::exp(static_cast<double>(top));
       }
     }
-    for (index_t g = 0; g < heads_; ++g) score_variance_[at(g)] -= score_mean_[at(g)] * score_mean_[at(g)];
     // A second scan of a long past costs more than a better plan. Where scores spread by little but their error, the
-    // slice says nearly all.
+    // slice says all.
     double spread = 0;
-    const float sigma = slope_ * codes_.largest_radius(first_block_);
-    for (index_t g = 0; g < heads_; ++g)
-      spread =
-          std::max(spread, score_variance_[at(g)] - static_cast<double>(norm_[at(g)] * norm_[at(g)] * sigma * sigma));
-    const double pilot_picks =
-        spread < 2 ? 12 : std::clamp(48.0 * std::sqrt(static_cast<double>(rows_) / 65536), 40.0, 120.0);
-    pilot_share_ = static_cast<double>(part) / static_cast<double>(blocks_);
-    const double keys = static_cast<double>(part * kernel::scan_keys);
+    const auto sigma = static_cast<double>(codes_.largest_radius(first_block_));
+    for (index_t g = 0; g < heads_; ++g) {
+      score_variance_[at(g)] -= score_mean_[at(g)] * score_mean_[at(g)];
+      const double error = static_cast<double>(tables_.error(g)) * sigma;
+      spread = std::max(spread, score_variance_[at(g)] - error * error);
+    }
+    const bool flat = spread < 2;
+    const double pilot_picks = std::clamp(36.0 * std::sqrt(static_cast<double>(rows_) / 65536), 32.0, 120.0);
+    const double pilot_share = static_cast<double>(part) / static_cast<double>(blocks_);
+    const double keys_scanned = static_cast<double>(part * kernel::scan_keys);
     for (index_t g = 0; g < heads_; ++g) {
       // Σ π = keys·E e^{s + log r − A} = pilot_picks
-      choice_.plain[at(g)] = std::log(keys * mass[at(g)] / (looks * 64.0) / pilot_picks);
+      choice_.plain[at(g)] = std::log(keys_scanned * mass[at(g)] / (looks * 64.0) / pilot_picks);
       choice_.floor[at(g)] = std::numeric_limits<double>::infinity();
     }
-    choice_.slice = pilot_slice;
-    choice_.share = static_cast<double>(pilot_slice) / static_cast<double>(rows_) / pilot_share_;
-    index_t picks = -1;
-    for (int attempt = 0;; ++attempt) {
-      set_thresholds();
-      picks = 0;
-      const index_t end = first_block_ + part,
-                    limit = attempt < 3 ? 8 * heads_ * static_cast<index_t>(pilot_picks) : 1 << 20;
-      const auto room = std::min(static_cast<index_t>(s_.picks.size()), limit + kernel::scan_keys);
-      picks = kernel::scan(how_, query_, codes_.view(), first_block_, std::min(end, blocks_), s_.picks.data(), 0, room);
-      if (picks >= 0 && end > blocks_)
-        picks = kernel::scan(how_, query_, codes_.view(), 0, end - blocks_, s_.picks.data(), picks, room);
+    choice_.slice = pilot_blocks * kernel::scan_keys;
+    choice_.share = static_cast<double>(choice_.slice) / static_cast<double>(rows_) / pilot_share;
+    index_t picks = flat ? 0 : -1;
+    if (flat) query.cut = std::numeric_limits<std::int16_t>::max();
+    for (int attempt = 0; picks < 0; ++attempt) {
+      const index_t limit = attempt < 3 ? 8 * heads_ * static_cast<index_t>(pilot_picks) : s_.reader.capacity;
+      picks = scan(first_block_, first_block_ + part, 0.0, limit + kernel::scan_keys);
       if (picks >= 0) break;
       if (attempt == 3) return false;
       for (double& a : choice_.plain) a += 1.5;  // the few scores missed what is heavy
     }
     plan_ = plan_rows(s_.plan, heads_);
-    planning_ = true;
-    const bool finite = read(picks, pilot_slice, pilot_share_);
-    planning_ = false;
-    if (!finite) return false;
+    read.clear();
+    if (!read_fixed(read) || !read.weigh_picks(0, picks)) return false;
+    read.set_probabilities(picks, 0, static_cast<float>(pilot_share));
+    read.note_picks(picks, plan_);
+    read.read_picks(picks);
+    if (!read.read_slice(first_block_, 0, pilot_blocks, &plan_)) return false;
     for (index_t g = 0; g < heads_; ++g) {
-      estimate_[at(g)] = estimate(g, pilot_slice);
+      estimate_[at(g)] = estimate(read, g, choice_.slice);
       if (!estimate_[at(g)].finite()) return false;
     }
     return true;
   }
 
   // Thresholds, cut and reach of the current choice.
-  void set_thresholds() noexcept {
+  void set_thresholds(double lower) noexcept {
+    kernel::scan_query& query = tables_.query;
     float away = 0;
     for (index_t g = 0; g < heads_; ++g) away = std::max(away, away_[at(g)]);
-    const float least = away > 0 ? std::log(away / codes_.reach_unit()) / step_ : -32767.0f;
-    query_.least_reach = static_cast<std::int16_t>(std::clamp(least, -32767.0f, 32767.0f));
+    const float step = tables_.step, least = away > 0 ? std::log(away / codes_.reach_unit()) / step : -32767.0f;
+    query.least_reach = static_cast<std::int16_t>(std::clamp(least, -32767.0f, 32767.0f));
     for (index_t g = 0; g < heads_; ++g) {
       const auto steps = [&](double nats) {
-        return static_cast<float>(std::min(1e6, nats / static_cast<double>(step_)));
+        return static_cast<float>(std::min(1e6, (nats - lower) / static_cast<double>(step)));
       };
-      query_.plain[at(g)] = steps(choice_.plain[at(g)]);
-      query_.floor[at(g)] = steps(choice_.floor[at(g)] - shape.z * static_cast<double>(table_error_));
-      query_.slack[at(g)] = static_cast<float>(shape.z) * norm_[at(g)] * slope_ / step_;
-      query_.sure[at(g)] = static_cast<float>(shape.sure) * norm_[at(g)] * slope_ / step_;
+      query.plain[at(g)] = steps(choice_.plain[at(g)]);
+      query.floor[at(g)] = steps(choice_.floor[at(g)] - shape.z * static_cast<double>(tables_.table_error));
+      query.slack[at(g)] = static_cast<float>(shape.z) * tables_.error(g) / step;
+      query.sure[at(g)] = static_cast<float>(shape.sure) * tables_.error(g) / step;
     }
-    query_.cut = static_cast<std::int16_t>(
-        std::max(-32767.0, std::floor(std::log(std::min(1.0, choice_.share)) / static_cast<double>(step_))));
+    query.sure_level = static_cast<std::int16_t>(std::lround(lower / static_cast<double>(step)));
+    const double cut = std::log(std::min(1.0, choice_.share)) + lower;
+    query.cut = static_cast<std::int16_t>(std::max(-32767.0, std::floor(cut / static_cast<double>(step))));
   }
 
-  [[nodiscard]] strata_estimate estimate(index_t g, index_t m) noexcept {
+  [[nodiscard]] strata_estimate estimate(const store_reader<Head>& read, index_t g, index_t m) noexcept {
     const float sink = group_[g].row.sink_logit;
-    const double extra = std::isfinite(sink) ? std::exp(static_cast<double>(sink - reference_[at(g)])) : 0;
+    const double extra = std::isfinite(sink) ? std::exp(static_cast<double>(sink - read.reference(g))) : 0;
     const auto dv = at(head_.dv());
-    return estimate_strata(picked_, light_, g, rows_, m, extra, {head_.value_centre(), dv},
+    return estimate_strata(read.picked(), read.light(), g, rows_, m, extra, {head_.value_centre(), dv},
                            s_.output.subspan(at(g) * dv, dv), s_.vectors.data());
   }
 
@@ -331,30 +315,76 @@ class store_sampler {
 
   // log(κ ε T D) as a threshold of scores of k − μ plus log(r/unit): a token that is missed although it may move the
   // output by f must cost at most κ·ε·T, and moves it by x‖v − ô‖ <= x(r + ‖ô − c‖), at a typical r.
-  [[nodiscard]] double floor_threshold(index_t g, const strata_estimate& e) const noexcept {
+  [[nodiscard]] double floor_threshold(const store_reader<Head>& read, index_t g,
+                                       const strata_estimate& e) const noexcept {
     const double unit = static_cast<double>(codes_.reach_unit()), away = std::max(1e-12, std::sqrt(e.away2));
-    return std::log(shape.kappa * std::sqrt(goal2(e)) * e.denominator) + static_cast<double>(reference_[at(g)]) -
-           static_cast<double>(offset_[at(g)]) -
-           std::log(static_cast<double>(codes_.reach_unit()) + std::min(away, unit * unit / away));
+    return std::log(shape.kappa * std::sqrt(goal2(e)) * e.denominator) + static_cast<double>(read.reference(g)) -
+           static_cast<double>(tables_.offset[at(g)]) - std::log(unit + std::min(away, unit * unit / away));
   }
 
-  [[nodiscard]] store_choice choose(const read_costs& costs) noexcept {
-    store_planner planner(how_, plan_, s_.plan_terms, heads_, rows_);
+  [[nodiscard]] store_choice choose(const read_costs& costs, const store_reader<Head>& read) noexcept {
+    store_planner planner(kernel::active_isa(), plan_, s_.plan_terms, heads_, rows_);
     for (index_t g = 0; g < heads_; ++g) {
       const strata_estimate& e = estimate_[at(g)];
-      const double margin = 0.93 * 0.93 / known_variance_radius2(e.dimension);
+      const double margin = plan_margin / known_variance_radius2(e.dimension);
       away_[at(g)] = std::max(codes_.reach_unit() / 2, static_cast<float>(1.1 * std::sqrt(e.away2)));
       planner.head(g, {.goal = margin * goal2(e) * e.denominator * e.denominator,
-                       .reference = reference_[at(g)],
+                       .reference = read.reference(g),
                        .away2 = e.away2,
                        .mean = score_mean_[at(g)],
                        .variance = score_variance_[at(g)],
-                       .floor = floor_threshold(g, e) - 0.15,
-                       .error = static_cast<double>(norm_[at(g)] * slope_),
+                       .floor = floor_threshold(read, g, e) - 0.15,
+                       .error = static_cast<double>(tables_.error(g)),
                        .z = shape.z,
                        .sure = shape.sure});
     }
     return planner.choose(costs, fixed());
+  }
+
+  // Weighs the picks of the chosen thresholds, and of lower ones as long as their keys show that this is not enough.
+  [[nodiscard]] next_step weigh_enough(store_reader<Head>& read, index_t candidates) noexcept {
+    const double weight = static_cast<double>(rows_) / static_cast<double>(choice_.slice);
+    std::array<double, max_group> away2{};
+    for (index_t g = 0; g < heads_; ++g) away2[at(g)] = estimate_[at(g)].away2;
+    for (;;) {
+      kernel::scan_pick* const all = s_.reader.picks.data();
+      const index_t before = picks_;
+      picks_ = std::partition(all + before, all + candidates,
+                              [&](const kernel::scan_pick& p) { return p.margin >= above_; }) -
+               all;
+      if (!read.weigh_picks(before, picks_)) return next_step::give_up;
+      read.set_probabilities(picks_, above_, 1.0f);
+      std::array<typename store_reader<Head>::weighed, max_group> found;
+      read.look_at_picks(picks_, away2, found);
+      double worst = 0;
+      bool again = false;
+      goals_.fill(std::numeric_limits<double>::infinity());
+      for (index_t g = 0; g < heads_; ++g) {
+        if (done_[at(g)]) continue;
+        const strata_estimate& e = estimate_[at(g)];
+        const stratum_scalars& light = read.light().of(g);
+        const double d = read.picked().of(g).x + found[at(g)].x + weight * light.x;
+        const double slice = weight * (weight - 1) * (light.spread + light.square * e.away2);
+        const double goal = squeeze_[at(g)] * thin_margin / known_variance_radius2(e.dimension) * goal2(e) * d * d;
+        goals_[at(g)] = std::max(goal - slice, 0.2 * goal);  // a slice that is too short is for the judge
+        const double need = found[at(g)].variance / goals_[at(g)];
+        worst = std::max(worst, need);
+        if (above_ == 0 && need > 1.1 && found[at(g)].variance > 0.5 * goal) {  // else a longer slice is cheaper
+          choice_.plain[at(g)] = std::min(choice_.plain[at(g)], choice_.floor[at(g)]) - std::log(need / worth_thinning);
+          again = true;
+        }
+      }
+      if (again && picks_ > few_picks) return next_step::scan;
+      if (worst <= worth_thinning || above_ == 0 || picks_ <= few_picks) return next_step::extend;
+      const double lower = std::max(0.05, std::log(worst / worth_thinning));
+      above_ =
+          std::max<index_t>(0, above_ - static_cast<index_t>(std::lround(lower / static_cast<double>(tables_.step))));
+    }
+  }
+
+  // Values of the picks that each head's goal asks for, with what the slice leaves of it.
+  void read_values(store_reader<Head>& read) noexcept {
+    read.read_picks(picks_, picks_ > few_picks ? &goals_ : nullptr);
   }
 
   [[nodiscard]] double squared_radius(double variance, double dimension, double dof) const noexcept {
@@ -377,178 +407,10 @@ class store_sampler {
     return root * root * root;
   }
 
-  // Sums over the fixed rows, `picks` of s_.picks (probability share·π) and the slice. False: not finite.
-  [[nodiscard]] bool read(index_t picks, index_t slice, double share) noexcept {
-    picked_.clear();
-    light_.clear();
-    read_breaches_ = {};
-    const index_t sinks = head_.sinks(), after = sinks + rows_;
-    bool finite = read_fixed(0, sinks) && read_fixed(after, head_.size() - after);
-    std::array<ordinal, kernel::block_rows> index{};
-    block_weights b;
-    for (index_t from = 0; finite && from < picks; from += kernel::block_rows) {
-      const index_t count = std::min(kernel::block_rows, picks - from);
-      const kernel::scan_pick* p = s_.picks.data() + from;
-      b.clear();
-      for (index_t i = 0; i < count; ++i) {
-        index[at(i)] = static_cast<ordinal>(p[i].row) + static_cast<ordinal>(sinks);
-        b.w[i] = p[i].level;
-        b.log_reach[i] = static_cast<float>(p[i].reach) / 512;
-      }
-      const bool certain = weights(b, count, static_cast<float>(share));
-      finite =
-          read_block(kernel::block_of_rows::gathered(keys(), index.data(), count),
-                     kernel::block_of_rows::gathered(values(), index.data(), count), b, certain, picked_, p, false);
-    }
-    return finite && read_slice(0, slice);
-  }
-
-  // Rows [from, to) of the slice: those of the light stratum.
-  [[nodiscard]] bool read_slice(index_t from, index_t to) noexcept {
-    block_weights b;
-    for (index_t k = from / kernel::scan_keys; k < to / kernel::scan_keys; ++k) {
-      const index_t block = (first_block_ + k) % blocks_;
-      kernel::scan_all(how_, query_, codes_.view(), block, slice_.data());
-      b.clear();
-      for (index_t i = 0; i < kernel::scan_keys; ++i) {
-        b.w[i] = b.t[i] = slice_[at(i)].level < query_.cut ? 1.0f : 0.0f;
-        b.log_reach[i] = static_cast<float>(slice_[at(i)].reach) / 512;
-      }
-      const index_t row = head_.sinks() + block * kernel::scan_keys;
-      // block_rows; as a constant GCC 12 warns of overflow in loops over what is left of a block, which is nothing.
-      const index_t count = std::min(kernel::block_rows, rows_);
-      if (!read_block({keys(), row, count}, {values(), row, count}, b, false, light_, slice_.data(), true)) {
-        return false;
-      }
-    }
-    return true;
-  }
-
-  struct block_weights {
-    alignas(64) float w[kernel::block_rows], t[kernel::block_rows], log_reach[kernel::block_rows],
-        r2[kernel::block_rows];
-    void clear() noexcept {
-      std::fill_n(w, kernel::block_rows, 0.0f);
-      std::fill_n(t, kernel::block_rows, 0.0f);
-      std::fill_n(log_reach, kernel::block_rows, -80.0f);
-    }
-  };
-
-  // Levels in b.w to 1/π and (1 − π)/π², π = share·inclusion(level). True: all are certain.
-  [[nodiscard]] bool weights(block_weights& b, index_t count, float share) const noexcept {
-    using block = Eigen::Array<float, kernel::block_rows, 1>;
-    Eigen::Map<block> w(b.w), t(b.t);
-    const block pi = share * kernel::inclusion(block(w), query_.noise_factor);
-    w = 1 / pi;
-    t = (1 - pi) / pi.square();
-    w.tail(kernel::block_rows - count).setZero();
-    t.tail(kernel::block_rows - count).setZero();
-    return pi.head(count).minCoeff() >= 1;
-  }
-
-  [[nodiscard]] kernel::strided_rows keys() const noexcept { return head_.key_rows(); }
-  [[nodiscard]] kernel::strided_rows values() const noexcept { return head_.value_rows(); }
-
-  [[nodiscard]] bool read_fixed(index_t first, index_t count) noexcept {
-    using kernel::squared_distance;
-    block_weights b;
-    for (index_t from = 0; from < count; from += kernel::block_rows) {
-      const index_t n = std::min(kernel::block_rows, count - from);
-      b.clear();
-      std::fill_n(b.w, n, 1.0f);
-      std::fill_n(b.r2, kernel::block_rows, 0.0f);
-      for (index_t i = 0; i < n; ++i) b.r2[i] = squared_distance(head_.value(first + from + i), head_.value_centre());
-      if (!weigh({keys(), first + from, n}, nullptr)) return false;
-      exponentials(n);
-      picked_.add<T>(how_, s_.x.data(), b.w, nullptr, b.r2, {values(), first + from, n}, 0, s_.spare.data());
-    }
-    return true;
-  }
-
-  [[nodiscard]] bool read_block(const kernel::block_of_rows& k, const kernel::block_of_rows& v, block_weights& b,
-                                bool certain, stratum& to, const kernel::scan_pick* scores, bool slice) noexcept {
-    if (!slice) {
-      for (index_t i = 0; i < v.count; ++i) {
-        const std::byte* row = v.first + index_t{v.index[i]} * v.stride;
-        for (index_t byte = 0; byte < v.stride; byte += 64) __builtin_prefetch(row + byte);
-      }
-    }
-    Eigen::Map<Eigen::Array<float, kernel::block_rows, 1>> r2(b.r2);
-    r2 = (2 * Eigen::Map<const Eigen::Array<float, kernel::block_rows, 1>>(b.log_reach)).exp() *
-         (codes_.reach_unit() * codes_.reach_unit());
-    if (!weigh(k, scores)) return false;
-    if (planning_) note(scores, k.count, b, slice);
-    exponentials(k.count);
-    const std::uint64_t coins = (std::uint64_t{coins_.next()} << 32) | coins_.next();
-    to.add<T>(how_, s_.x.data(), b.w, certain ? nullptr : b.t, b.r2, v, coins, s_.spare.data());
-    return true;
-  }
-
-  // Logits of a block, checked against what their scores state.
-  [[nodiscard]] bool weigh(const kernel::block_of_rows& k, const kernel::scan_pick* scores) noexcept {
-    kernel::block_logits<T>(prepared_, k, s_.x.data());
-    const index_t n = k.count;
-    for (index_t g = 0; g < heads_; ++g) {
-      float* l = s_.x.data() + g * kernel::block_rows;
-      float top;
-      if (!kernel::block_maximum(how_, l, n, top)) {
-        group_[g].ok = false;
-        return false;
-      }
-      if (scores) {
-        const float wide = 4 * norm_[at(g)] * slope_, base = offset_[at(g)];
-        index_t outside = 0;
-        for (index_t i = 0; i < n; ++i) {
-          const float off = std::abs(l[i] - base - score(scores[i], g));
-          outside += off > wide * kernel::bfloat16_to_float(scores[i].radius) + 4 * table_error_ +
-                               1e-2f * (1 + std::abs(l[i]));
-        }
-        read_breaches_[at(g)] += outside;
-      }
-      if (top > reference_[at(g)]) {  // with room, so that it seldom happens
-        const float higher = top + 2;
-        if (std::isfinite(reference_[at(g)])) {
-          const double factor = std::exp(static_cast<double>(reference_[at(g)] - higher));
-          picked_.rescale(g, factor);
-          light_.rescale(g, factor);
-        }
-        reference_[at(g)] = higher;
-      }
-    }
-    return true;
-  }
-
-  // x = exp(l − reference), 0 behind the block's rows.
-  void exponentials(index_t n) noexcept {
-    for (index_t g = 0; g < heads_; ++g) {
-      float* l = s_.x.data() + g * kernel::block_rows;
-      static_cast<void>(kernel::block_exponentials(how_, l, n, reference_[at(g)]));
-      std::fill(l + n, l + kernel::block_rows, 0.0f);
-    }
-  }
-
-  // Remembers sampled rows for the plan.
-  void note(const kernel::scan_pick* scores, index_t n, const block_weights& b, bool slice) noexcept {
-    for (index_t i = 0; i < n && !plan_.full(); ++i) {
-      if (slice && b.w[i] == 0) continue;  // of the other stratum
-      plan_.push();
-      plan_.last(plan_rows::weight) = slice ? static_cast<float>(rows_) / static_cast<float>(choice_.slice) : b.w[i];
-      plan_.last(plan_rows::reach2) = b.r2[i];
-      plan_.last(plan_rows::radius) = kernel::bfloat16_to_float(scores[i].radius);
-      plan_.last(plan_rows::log_reach) = log_reach(scores[i]);
-      for (index_t g = 0; g < heads_; ++g) {
-        plan_.last(plan_.logits_of(g)) = s_.x[at(g * kernel::block_rows + i)];
-        plan_.last(plan_.scores_of(g)) = score(scores[i], g);
-      }
-    }
-  }
-
-  enum class verdict : std::uint8_t { done, extend, scan };
-
-  // Writes what is verified, and sets the next choice for the rest: a longer slice where that is enough, else lower
-  // thresholds.
-  [[nodiscard]] verdict judge(index_t round, index_t picks) noexcept {
-    verdict next = verdict::done;
+  // Writes what is verified, and sets the next choice for the rest: more values and a longer slice where that is
+  // enough, else lower thresholds.
+  [[nodiscard]] next_step judge(const store_reader<Head>& read, index_t round) noexcept {
+    next_step next = next_step::done;
     double longer = 1, more = 1;
     auto wanted_floor = choice_.floor, wanted_plain = choice_.plain;
     auto wanted_away = away_;
@@ -557,14 +419,14 @@ class store_sampler {
       if (done_[at(g)]) continue;
       certificate& c = task.c;
       c.rounds = round;
-      c.breaches = read_breaches_[at(g)];
-      const index_t sampled = picks + choice_.slice;
+      c.breaches = read.breaches(g);
+      const index_t sampled = picks_ + choice_.slice;
       // Of honest scores one in 16000 is off by 4σ. More than that: they do not know their own error.
       if (c.breaches > 2 + sampled / 100) continue;
-      const strata_estimate e = estimate(g, choice_.slice);
+      const strata_estimate e = estimate(read, g, choice_.slice);
       if (!e.finite()) continue;
       const double error2 = squared_radius(e.variance, e.dimension, e.dof), goal = goal2(e);
-      const double floor = floor_threshold(g, e), away = std::sqrt(e.away2);
+      const double floor = floor_threshold(read, g, e), away = std::sqrt(e.away2);
       const bool verified = error2 <= goal;
       const bool covered = choice_.floor[at(g)] <= floor + 0.35 && 0.8 * away <= std::max<double>(away_[at(g)], 0);
       if (verified && covered) {
@@ -581,36 +443,41 @@ class store_sampler {
         c.promise = B::kind, c.bound = B::name;
         c.assumptions =
             "asymptotic, as stated by the bound; the codes' stated errors are true; draws are over the store's order";
-        record(task, picks);
+        record(read, task);
         task.state.clear();
-        task.state.raise(reference_[at(g)]);
+        task.state.raise(read.reference(g));
         task.state.add_denominator(e.denominator);
         const std::span<float> to = task.state.numerator();
         for (std::size_t j = 0; j < to.size(); ++j)
           to[j] = s_.output[at(g) * to.size() + j] * static_cast<float>(e.denominator);
         continue;
       }
-      next = std::max(next, verdict::extend);
-      if (!covered) next = verdict::scan;
+      next = std::max(next, next_step::extend);
+      if (!covered) next = next_step::scan;
       // Taken over where a scan follows; a floor that was never scanned covers nothing.
       wanted_floor[at(g)] = std::min(choice_.floor[at(g)], floor - 0.2);
       wanted_away[at(g)] = std::max(away_[at(g)], static_cast<float>(1.1 * away));
+      estimate_[at(g)] = e;
       if (verified) continue;
+      const double ratio = error2 / goal;
       const double goal_variance = 0.92 * 0.92 * goal / (error2 / e.variance);
+      squeeze_[at(g)] *= 0.95 / ratio;
+      // More values and more of the candidates help as far as picks are what is uncertain.
+      if (e.light_variance < 0.5 * e.variance && (above_ > 0 || 10 * read.values_read() < 9 * picks_)) continue;
       const double left = goal_variance - (e.variance - e.light_variance);
       const double factor = left > 0 ? 1.05 * e.light_variance / left : 1e9;
       if (factor > 4) {
-        next = verdict::scan;
+        next = next_step::scan;
         wanted_plain[at(g)] -= std::log(e.variance / goal_variance);
         more = std::max(more, e.variance / goal_variance);
       } else {
         longer = std::max(longer, factor);
       }
     }
-    const double grow = std::max(longer, next == verdict::scan ? std::min(more, 2.0) : 1.0);
+    const double grow = std::max(longer, next == next_step::scan ? std::min(more, 2.0) : 1.0);
     const auto wanted = static_cast<index_t>(grow * static_cast<double>(choice_.slice));
     choice_.slice = std::min(rows_, (wanted + kernel::scan_keys - 1) / kernel::scan_keys * kernel::scan_keys);
-    if (next == verdict::scan) {
+    if (next == next_step::scan) {
       choice_.share = static_cast<double>(choice_.slice) / static_cast<double>(rows_);
       choice_.floor = wanted_floor, choice_.plain = wanted_plain, away_ = wanted_away;
     }
@@ -618,52 +485,55 @@ class store_sampler {
   }
 
   // The rows behind an output with their weights, where the call asks for them.
-  void record(head_task<Head>& task, index_t picks) noexcept {
+  void record(const store_reader<Head>& read, head_task<Head>& task) noexcept {
     const chosen_rows& to = task.s.chosen;
     to.clear();
     if (!to) return;
     const index_t sinks = head_.sinks();
     to.add_ends(task.tokens, sinks, fixed() - sinks);
-    block_weights b;
-    for (index_t i = 0; i < picks; ++i) {
-      b.clear();
-      b.w[0] = s_.picks[at(i)].level;
-      static_cast<void>(weights(b, 1, 1.0f));
-      to.add(sinks + static_cast<index_t>(s_.picks[at(i)].row), static_cast<double>(b.w[0]));
+    for (index_t i = 0; i < picks_; ++i) {
+      if (const float w = read.weights()[at(i)]; w > 0)
+        to.add(sinks + static_cast<index_t>(s_.reader.picks[at(i)].row), static_cast<double>(w));
     }
+    kernel::scanned_keys keys;
     for (index_t k = 0; k < choice_.slice / kernel::scan_keys; ++k) {
-      kernel::scan_all(how_, query_, codes_.view(), (first_block_ + k) % blocks_, slice_.data());
-      for (const kernel::scan_pick& p : slice_) {
-        if (p.level < query_.cut)
-          to.add(sinks + static_cast<index_t>(p.row), static_cast<double>(rows_) / static_cast<double>(choice_.slice));
+      const index_t block = (first_block_ + k) % blocks_;
+      kernel::scan_all(kernel::active_isa(), tables_.query, codes_.view(), block, keys);
+      for (index_t i = 0; i < kernel::scan_keys; ++i) {
+        if (keys.level[i] < tables_.query.cut) {
+          to.add(sinks + block * kernel::scan_keys + i,
+                 static_cast<double>(rows_) / static_cast<double>(choice_.slice));
+        }
       }
     }
   }
 
   static constexpr floor_sampling shape{};
+  // Of the variance that verifies: what the picks are planned for, and what is kept of them.
+  static constexpr double plan_margin = 0.9, thin_margin = 0.9;
+  // Of the picks' goal: more variance than this with all of them, and it is worth weighing more.
+  static constexpr double worth_thinning = 0.85;
+  // Nats by which the scan's thresholds are lower than the plan's; those between are weighed if the rest is not enough.
+  static constexpr double reserve = 0.6, held_back = 0.42;
+  static constexpr index_t few_picks = 256;  // that are not worth thinning
 
   head_group<Head>& group_;
   const config& settings_;
   store_scratch<Head> s_;
   Head head_;
   const sketch::block_codes& codes_;
-  kernel::isa how_ = kernel::isa::portable;
-  kernel::block_queries prepared_{};
-  kernel::scan_query query_{};
+  sketch::query_tables tables_;
   index_t heads_ = 0, blocks_ = 0, rows_ = 0, first_block_ = 0;
+  random_stream random_{};
   plan_rows plan_;
-  random_stream coins_{};
-  double pilot_share_ = 1;
   std::array<double, max_group> score_mean_{}, score_variance_{};  // over all keys, from a few blocks
-  float step_ = 1, table_error_ = 0, slope_ = 0;
-  std::array<float, max_group> norm_{}, offset_{}, reference_{}, away_{};
+  std::array<float, max_group> away_{};
+  std::array<double, max_group> squeeze_{};
+  std::array<double, kernel::scan_heads> goals_{};  // variances for the picks
+  index_t picks_ = 0, above_ = 0;                   // weighed, by how many steps their thresholds are above the scan's
   std::array<bool, max_group> done_{};
-  std::array<index_t, max_group> read_breaches_{};
   std::array<strata_estimate, max_group> estimate_{};
-  std::array<kernel::scan_pick, kernel::scan_keys> slice_{};
   store_choice choice_{};
-  stratum picked_, light_;
-  bool planning_ = false;
 };
 
 /// A store's rows are in no order, and its codes know products alone.
@@ -685,12 +555,12 @@ template <class Q, class Store>
 }
 
 /// Every head of the group from its store.
-template <bound B, class Head>
+template <class Policy, class Head>
 void attend_from_store(head_group<Head>& group, const config& settings) noexcept {
   arena a(group.memory);
   const Head& head = group[0].row.head;
   const auto scratch = store_scratch<Head>::take(a, head.size(), group.size(), head.dk(), head.dv());
-  store_sampler<B, Head>(group, settings, scratch).run();
+  store_sampler<Policy, Head>(group, settings, scratch).run();
 }
 
 }  // namespace vattn

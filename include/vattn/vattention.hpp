@@ -66,6 +66,15 @@ class vattention {
     if constexpr (from_store) {
       if (status s = check_store_call(q, cache, options); !s) return s;
       using head = std::remove_cvref_t<decltype(cache.head(0, 0))>;
+      // All heads at once, each cut among the threads: but not where an observer waits for each.
+      if constexpr (std::same_as<std::remove_cvref_t<Observer>, unobserved> &&
+                    !partial_executor<std::remove_cvref_t<E>>) {
+        const index_t group = std::min(q.extents[2] / cache.n_kv_heads(), max_group);
+        if (!result.decisions.tokens && !worth_sampling(longest(cache), cache.head(0, 0).past(), group)) {
+          const status s = exactly<head>(q, cache, options, result, memory, exec);
+          if (s.code() != errc::workspace_too_small) return s;  // sized for what needs less
+        }
+      }
       sparse.group_bytes = store_bytes<head>(longest(cache), max_group, cache.dk(), cache.dv());
     }
     sparse.shared = std::clamp<index_t>(q.extents[2] / cache.n_kv_heads(), 1, sparse.shared);
@@ -76,6 +85,22 @@ class vattention {
   }
 
  private:
+  template <class Head, class Q, kv_cache KV, executor E>
+  [[nodiscard]] status exactly(const tensor_view<const Q, 4>& q, const KV& cache, const attention_options& options,
+                               const attention_result& result, workspace& memory, E& exec) const noexcept {
+    const status s = dense_call<Q, KV, Head>(q, cache, options, result).run(memory, exec);
+    if (!s || !result.certificates) return s;
+    for (index_t b = 0; b < q.extents[0]; ++b) {
+      for (index_t t = 0; t < q.extents[1]; ++t) {
+        for (index_t h = 0; h < q.extents[2]; ++h) {
+          certificate& c = result.certificates(b, t, h);
+          c.epsilon = settings_.epsilon, c.delta = settings_.delta, c.scale = settings_.scale, c.target = target::kind;
+        }
+      }
+    }
+    return s;
+  }
+
   // The heads of a group, together where one sample serves them all; else this is called with one at a time.
   template <kv_head Head>
   void attend(head_group<Head>& heads) const noexcept {
@@ -93,7 +118,7 @@ class vattention {
     }
     if (!sparse) return;
     if constexpr (from_store) {
-      attend_from_store<bound>(heads, settings_);
+      attend_from_store<Policy>(heads, settings_);
     } else if constexpr (!importance_sampler<sampler>) {
       head_task<Head>& task = heads[0];
       task.ok = task.ok && attend_uniformly(task.row, task.tokens, task.stream, task.s, task.state, task.c);

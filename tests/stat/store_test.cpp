@@ -122,7 +122,7 @@ TEST_CASE("a store's failures <= delta on every regime, kind of values and group
   CHECK(3 * sampled > calls);  // what is read whole cannot fail
 }
 
-TEST_CASE("a store's estimates of D are without bias over draws and orders", "[stat][store]") {
+TEST_CASE("a store's estimates of D are without bias but for that of stopping, over draws and orders", "[stat][store]") {
   for (const char* regime : {"flat", "gauss1", "gauss2", "laplace", "plateau", "bimodal"}) {
     stored_problem p(regime, "mean", long_enough(1), 32, 1, 11);
     constexpr int stores = 60, steps = 20;
@@ -144,7 +144,8 @@ TEST_CASE("a store's estimates of D are without bias over draws and orders", "[s
     const double mean = sum / stores, error = std::sqrt((square / stores - mean * mean) / (stores - 1));
     CAPTURE(regime, mean, error, sampled);
     CHECK(sampled > stores * steps / 2);
-    CHECK(std::abs(mean - 1) < 4 * error + 1e-6);
+    // A look stops where D̂ is large rather than small; that is a few hundredths of ε.
+    CHECK(std::abs(mean - 1) < 4 * error + 0.05 * 0.2);
     CHECK(error < 0.02);
   }
 }

@@ -48,7 +48,32 @@ inline __attribute__((always_inline)) plan_totals plan_sums(const plan_terms& t,
   for (int lane = 0; lane < W; ++lane) sum.first += first[lane], sum.second += second[lane], sum.picks += picked[lane];
   return sum;
 }
+template <int W>
+inline __attribute__((always_inline)) float floored_sum(const float* q, const float* g, const float* least, index_t n,
+                                                        float inverse) noexcept {
+  using floats = typename lanes<W>::floats;
+  floats total = {};
+  for (index_t i = 0; i < n; i += W) {
+    floats weight, o, floor;
+    std::memcpy(&weight, q + i, sizeof weight);
+    std::memcpy(&o, g + i, sizeof o);
+    std::memcpy(&floor, least + i, sizeof floor);
+    o *= inverse;
+    total += weight * (o > floor ? o : floor);
+  }
+  float sum = 0;
+  for (int lane = 0; lane < W; ++lane) sum += total[lane];
+  return sum;
+}
 #if VATTN_DISPATCH
+VATTN_TARGET_AVX512 inline float floored_sum_avx512(const float* q, const float* g, const float* least, index_t n,
+                                                    float inverse) noexcept {
+  return floored_sum<16>(q, g, least, n, inverse);
+}
+VATTN_TARGET_AVX2 inline float floored_sum_avx2(const float* q, const float* g, const float* least, index_t n,
+                                                float inverse) noexcept {
+  return floored_sum<8>(q, g, least, n, inverse);
+}
 VATTN_TARGET_AVX512 inline plan_totals plan_sums_avx512(const plan_terms& t, float inverse, float most,
                                                         bool picks) noexcept {
   return plan_sums<16>(t, inverse, most, picks);
@@ -79,6 +104,23 @@ VATTN_TARGET_AVX2 inline plan_totals plan_sums_avx2(const plan_terms& t, float i
     sum.second += t.r[i] * ((o - 1) * (o - 1) * o);
     if (picks && o < most) sum.picks += t.w[i] / o;
   }
+  return sum;
+#endif
+}
+
+/// Σ q·max(least, g·inverse) over n rows, a multiple of 16.
+[[nodiscard]] inline float floored_sum(isa how, const float* q, const float* g, const float* least, index_t n,
+                                       float inverse) noexcept {
+#if VATTN_DISPATCH
+  if (how >= isa::avx512) return detail::floored_sum_avx512(q, g, least, n, inverse);
+  if (how == isa::avx2) return detail::floored_sum_avx2(q, g, least, n, inverse);
+#endif
+  static_cast<void>(how);
+#if defined(__GNUC__)
+  return detail::floored_sum<4>(q, g, least, n, inverse);
+#else
+  float sum = 0;
+  for (index_t i = 0; i < n; ++i) sum += q[i] * std::max(least[i], g[i] * inverse);
   return sum;
 #endif
 }

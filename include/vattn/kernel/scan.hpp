@@ -31,7 +31,7 @@ struct code_blocks {
 
 // Everything that the scan adds is an integer number of steps: `step` nats, one for all heads.
 //   score_h = round(α·(16·Σ_g table_h[g][code_g] + bias_h))      s in steps
-//   level   = max_h (score_h − threshold_h(block)) + max(reach, least_reach), at least 0 where
+//   level   = max_h (score_h − threshold_h(block)) + max(reach, least_reach), at least sure_level where
 //             score_h + max(reach, least_reach) >= certain_h(block): the largest log inclusion probability that a head
 //             gives the key, cut at ±2^15 steps
 //   taken   ⟺ level + noise >= 0 and level >= cut, noise = −ln u in steps, u the key's number of this call
@@ -40,15 +40,19 @@ struct code_blocks {
 
 /// What a scan asks. Spans are the caller's.
 struct scan_query {
-  const std::uint8_t* tables = nullptr;  ///< [heads][groups][64], each at most 63, a key's at most `largest_sum`
+  const std::uint8_t* tables =
+      nullptr;  ///< [heads][groups][64], each at most `largest_entry`, a key's sum at most `largest_sum`
   int heads = 0;
   std::array<std::int16_t, scan_heads> bias{};
   std::array<float, scan_heads> plain{}, floor{}, slack{}, sure{};  ///< steps; the last two a unit of ρ
   std::int16_t noise_factor = 0, reach_factor = 0;                  ///< 2^15·steps a unit of 1/1024 and 1/512 nat
   std::int16_t least_reach = 0;                                     ///< steps
-  std::int16_t cut = 0;                                             ///< steps, <= 0
+  std::int16_t cut = 0;                                             ///< steps
+  std::int16_t sure_level = 0;                                      ///< steps, >= 0: of keys that are certain
   std::uint64_t numbers = 0;                                        ///< names the call's numbers u
 
+  /// Eight of them fit a byte.
+  static constexpr int largest_entry = 31;
   /// 16 times a key's sum is a number of 16 bits.
   static constexpr int largest_sum = 2047;
   /// Step that `noise_factor` and `reach_factor` allow, nats.
@@ -59,6 +63,7 @@ struct scan_query {
 struct scan_pick {
   std::uint32_t row;
   std::int16_t level, reach;  ///< steps; as in the block
+  std::int16_t margin;        ///< level + noise: it would be taken too were all thresholds that much higher
   std::uint16_t radius;       ///< as in the block
   std::array<std::int16_t, scan_heads> score;
 };
@@ -113,6 +118,7 @@ struct scanned_block {
   alignas(64) std::int16_t score[scan_heads][scan_keys];  // lane order
   alignas(64) std::int16_t level[scan_keys];
   std::uint32_t even = 0, odd = 0;  // taken
+  const std::int16_t* noise = nullptr;
 };
 
 [[nodiscard]] inline float block_radius(const code_blocks& codes, const std::byte* at) noexcept {
@@ -126,7 +132,7 @@ inline void scan_block_portable(const scan_query& q, const code_blocks& codes, i
   const std::byte* at = codes.first + static_cast<std::size_t>(block) * codes.stride;
   const auto* planes = reinterpret_cast<const std::uint8_t*>(at);
   const auto* lanes = reinterpret_cast<const std::int16_t*>(at + static_cast<std::size_t>(codes.planes) * scan_keys);
-  const std::int16_t* numbers = noise() + noise_place(q.numbers, block);
+  const std::int16_t* numbers = out.noise = noise() + noise_place(q.numbers, block);
   std::int16_t threshold[scan_heads], certain[scan_heads];
   block_thresholds(q, block_radius(codes, at), threshold, certain);
   out.even = out.odd = 0;
@@ -152,7 +158,7 @@ inline void scan_block_portable(const scan_query& q, const code_blocks& codes, i
       sure |= saturate(out.score[h][lane] + reach) >= certain[h];
     }
     level = saturate(level + reach);
-    if (sure) level = std::max(level, 0);
+    if (sure) level = std::max<int>(level, q.sure_level);
     out.level[lane] = static_cast<std::int16_t>(level);
     const int noise = multiply_round(numbers[lane], q.noise_factor);
     const std::uint32_t take = saturate(level + noise) >= 0 && level >= q.cut ? 1u : 0u;
@@ -188,10 +194,17 @@ VATTN_SCAN_INLINE __m512i spread_number(const std::byte* planes, int e) noexcept
   return _mm512_or_si512(a, _mm512_or_si512(b, c));
 }
 
-// Adds the table entries of N groups, at most four of at most 63 each, so that their sum fits a byte.
+// Sums of 64 keys in 16 bits: those of the odd bytes, and both in one word.
+template <int H>
+struct key_sums {
+  __m512i both[std::size_t{H}], odd[std::size_t{H}];
+};
+
+// Adds the table entries of N groups, at most eight, so that their sum fits a byte.
 template <int H, int N, bool Spread>
 VATTN_SCAN_INLINE void add_groups(const std::byte* planes, const std::uint8_t* table, std::size_t table_stride,
-                                  int first, __m512i* even, __m512i* odd) noexcept {
+                                  int first, key_sums<H>& to) noexcept {
+  static_assert(N * scan_query::largest_entry < 256);
   constexpr __mmask64 all = ~__mmask64{0};
   __m512i sum[std::size_t{H}];
   VATTN_SCAN_UNROLL for (int i = 0; i < N; ++i) {
@@ -205,28 +218,56 @@ VATTN_SCAN_INLINE void add_groups(const std::byte* planes, const std::uint8_t* t
     }
   }
   VATTN_SCAN_UNROLL for (int h = 0; h < H; ++h) {
-    even[h] = _mm512_add_epi16(even[h], _mm512_and_si512(sum[h], _mm512_set1_epi16(0xff)));
-    odd[h] = _mm512_add_epi16(odd[h], _mm512_srli_epi16(sum[h], 8));
+    to.both[h] = _mm512_add_epi16(to.both[h], sum[h]);
+    to.odd[h] = _mm512_add_epi16(to.odd[h], _mm512_srli_epi16(sum[h], 8));
   }
 }
 
+// As block_thresholds, for all heads at once: threshold in places 0-7 of `out`, certain in 8-15.
+struct threshold_vectors {
+  __m512d plain, floor, slack, sure;
+};
+VATTN_SCAN_INLINE __m512d as_doubles(const std::array<float, scan_heads>& x) noexcept {
+  return _mm512_maskz_cvtps_pd(0xff, _mm256_loadu_ps(x.data()));
+}
+VATTN_SCAN_INLINE __m128i whole_steps(__m512d t) noexcept {
+  const __m512d most = _mm512_set1_pd(32767.0);
+  t = _mm512_maskz_min_pd(0xff, t, most);  // the second operand where t is not a number
+  t = _mm512_maskz_max_pd(0xff, t, _mm512_set1_pd(-32767.0));
+  return _mm256_maskz_cvtepi32_epi16(0xff, _mm512_maskz_cvttpd_epi32(0xff, t));
+}
+VATTN_SCAN_INLINE void vector_thresholds(const threshold_vectors& v, float radius, std::int16_t* out) noexcept {
+  const __m512d rho = _mm512_set1_pd(static_cast<double>(radius));
+  const __m512d low = _mm512_sub_pd(v.floor, _mm512_mul_pd(v.slack, rho));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), whole_steps(_mm512_maskz_min_pd(0xff, low, v.plain)));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 8),
+                   whole_steps(_mm512_sub_pd(v.floor, _mm512_mul_pd(v.sure, rho))));
+}
+
 template <int H>
-VATTN_SCAN inline void scan_block_avx512(const scan_query& q, const code_blocks& codes, index_t block,
-                                         scanned_block& out) noexcept {
+VATTN_SCAN_INLINE void scan_block_512(const scan_query& q, const threshold_vectors& v, const code_blocks& codes,
+                                      index_t block, scanned_block& out) noexcept {
   const std::byte* at = codes.first + static_cast<std::size_t>(block) * codes.stride;
   const std::byte* lanes = at + static_cast<std::size_t>(codes.planes) * scan_keys;
-  std::int16_t threshold[scan_heads], certain[scan_heads];
-  block_thresholds(q, block_radius(codes, at), threshold, certain);
+  // A core alone does not ask for enough lines to get what the memory can deliver.
+  for (std::size_t byte = 0; byte < codes.stride; byte += 64) __builtin_prefetch(at + 8 * codes.stride + byte, 0, 2);
+  std::int16_t threshold[2 * scan_heads];
+  const std::int16_t* certain = threshold + scan_heads;
+  vector_thresholds(v, block_radius(codes, at), threshold);
 
-  __m512i even[std::size_t{H}], odd[std::size_t{H}];
-  VATTN_SCAN_UNROLL for (int h = 0; h < H; ++h) even[h] = odd[h] = _mm512_setzero_si512();
+  key_sums<H> sums;
+  VATTN_SCAN_UNROLL for (int h = 0; h < H; ++h) sums.both[h] = sums.odd[h] = _mm512_setzero_si512();
   const std::size_t stride = static_cast<std::size_t>(codes.groups) * 64;
   int g = 0;
-  for (; g + 4 <= codes.planes; g += 4) add_groups<H, 4, false>(at, q.tables + g * 64, stride, g, even, odd);
-  for (; g < codes.planes; ++g) add_groups<H, 1, false>(at, q.tables + g * 64, stride, g, even, odd);
-  for (; g + 2 <= codes.groups; g += 2)
-    add_groups<H, 2, true>(at, q.tables + g * 64, stride, g - codes.planes, even, odd);
-  for (; g < codes.groups; ++g) add_groups<H, 1, true>(at, q.tables + g * 64, stride, g - codes.planes, even, odd);
+  for (; g + 8 <= codes.planes; g += 8) add_groups<H, 8, false>(at, q.tables + g * 64, stride, g, sums);
+  for (; g < codes.planes; ++g) add_groups<H, 1, false>(at, q.tables + g * 64, stride, g, sums);
+  for (; g + 5 <= codes.groups; g += 5) add_groups<H, 5, true>(at, q.tables + g * 64, stride, g - codes.planes, sums);
+  for (; g < codes.groups; ++g) add_groups<H, 1, true>(at, q.tables + g * 64, stride, g - codes.planes, sums);
+  __m512i even[std::size_t{H}], odd[std::size_t{H}];
+  VATTN_SCAN_UNROLL for (int h = 0; h < H; ++h) {
+    odd[h] = sums.odd[h];
+    even[h] = _mm512_sub_epi16(sums.both[h], _mm512_slli_epi16(odd[h], 8));
+  }
 
   const __m512i alpha_even = load(lanes), alpha_odd = load(lanes + 64);
   const __m512i reach = _mm512_set1_epi16(q.reach_factor), least = _mm512_set1_epi16(q.least_reach);
@@ -244,14 +285,14 @@ VATTN_SCAN inline void scan_block_avx512(const scan_query& q, const code_blocks&
     sure_even |= _mm512_cmpge_epi16_mask(_mm512_adds_epi16(even[h], reach_even), c);
     sure_odd |= _mm512_cmpge_epi16_mask(_mm512_adds_epi16(odd[h], reach_odd), c);
   }
-  const __m512i zero = _mm512_setzero_si512();
+  const __m512i sure = _mm512_set1_epi16(q.sure_level);
   level_even = _mm512_adds_epi16(level_even, reach_even);
   level_odd = _mm512_adds_epi16(level_odd, reach_odd);
-  level_even = _mm512_mask_max_epi16(level_even, sure_even, level_even, zero);
-  level_odd = _mm512_mask_max_epi16(level_odd, sure_odd, level_odd, zero);
-  const std::int16_t* numbers = noise() + noise_place(q.numbers, block);
-  out.even = taken(q, level_even, numbers);
-  out.odd = taken(q, level_odd, numbers + 32);
+  level_even = _mm512_mask_max_epi16(level_even, sure_even, level_even, sure);
+  level_odd = _mm512_mask_max_epi16(level_odd, sure_odd, level_odd, sure);
+  out.noise = noise() + noise_place(q.numbers, block);
+  out.even = taken(q, level_even, out.noise);
+  out.odd = taken(q, level_odd, out.noise + 32);
   VATTN_SCAN_UNROLL for (int h = 0; h < H; ++h) {
     _mm512_store_si512(out.score[h], even[h]);
     _mm512_store_si512(out.score[h] + 32, odd[h]);
@@ -259,43 +300,66 @@ VATTN_SCAN inline void scan_block_avx512(const scan_query& q, const code_blocks&
   _mm512_store_si512(out.level, level_even);
   _mm512_store_si512(out.level + 32, level_odd);
 }
+
+template <int H>
+VATTN_SCAN inline index_t scan_blocks_avx512(const scan_query& q, const code_blocks& codes, index_t first, index_t last,
+                                             bool all, scanned_block& out) noexcept {
+  const threshold_vectors v{as_doubles(q.plain), as_doubles(q.floor), as_doubles(q.slack), as_doubles(q.sure)};
+  for (; first < last; ++first) {
+    scan_block_512<H>(q, v, codes, first, out);
+    if (all || (out.even | out.odd) != 0) break;
+  }
+  return first;
+}
 #undef VATTN_SCAN
 #undef VATTN_SCAN_INLINE
 #endif
 #undef VATTN_SCAN_UNROLL
 
-using scan_function = void (*)(const scan_query&, const code_blocks&, index_t, scanned_block&) noexcept;
+inline index_t scan_blocks_portable(const scan_query& q, const code_blocks& codes, index_t first, index_t last,
+                                    bool all, scanned_block& out) noexcept {
+  for (; first < last; ++first) {
+    scan_block_portable(q, codes, first, out);
+    if (all || (out.even | out.odd) != 0) break;
+  }
+  return first;
+}
+
+// Scans from block `first` on up to one of which a key is taken (or, with `all`, one block), and returns which; `last`
+// if there is none.
+using scan_function = index_t (*)(const scan_query&, const code_blocks&, index_t first, index_t last, bool all,
+                                  scanned_block&) noexcept;
 
 [[nodiscard]] inline scan_function scan_for(isa how, int heads) noexcept {
 #if VATTN_DISPATCH
   if (how >= isa::avx512_bf16) {
     switch (heads) {
       case 1:
-        return scan_block_avx512<1>;
+        return scan_blocks_avx512<1>;
       case 2:
-        return scan_block_avx512<2>;
+        return scan_blocks_avx512<2>;
       case 3:
-        return scan_block_avx512<3>;
+        return scan_blocks_avx512<3>;
       case 4:
-        return scan_block_avx512<4>;
+        return scan_blocks_avx512<4>;
       case 5:
-        return scan_block_avx512<5>;
+        return scan_blocks_avx512<5>;
       case 6:
-        return scan_block_avx512<6>;
+        return scan_blocks_avx512<6>;
       case 7:
-        return scan_block_avx512<7>;
+        return scan_blocks_avx512<7>;
       case 8:
-        return scan_block_avx512<8>;
+        return scan_blocks_avx512<8>;
       default:
         break;
     }
   }
 #endif
   static_cast<void>(how), static_cast<void>(heads);
-  return scan_block_portable;
+  return scan_blocks_portable;
 }
 
-inline scan_pick pick_of(const scanned_block& b, int heads, const code_blocks& codes, index_t block,
+inline scan_pick pick_of(const scanned_block& b, const scan_query& q, const code_blocks& codes, index_t block,
                          int lane) noexcept {
   const auto* lanes =
       reinterpret_cast<const std::int16_t*>(codes.first + static_cast<std::size_t>(block) * codes.stride +
@@ -305,7 +369,8 @@ inline scan_pick pick_of(const scanned_block& b, int heads, const code_blocks& c
   p.radius = static_cast<std::uint16_t>(lanes[2 * scan_keys + lane]);
   p.row = static_cast<std::uint32_t>(block * scan_keys + (lane < 32 ? 2 * lane : 2 * (lane - 32) + 1));
   p.level = b.level[lane];
-  for (int h = 0; h < heads; ++h) p.score[static_cast<std::size_t>(h)] = b.score[h][lane];
+  p.margin = saturate(p.level + multiply_round(b.noise[lane], q.noise_factor));
+  for (int h = 0; h < q.heads; ++h) p.score[static_cast<std::size_t>(h)] = b.score[h][lane];
   return p;
 }
 
@@ -328,22 +393,37 @@ template <class Levels>
                                   scan_pick* out, index_t have, index_t capacity) noexcept {
   const detail::scan_function function = detail::scan_for(how, q.heads);
   detail::scanned_block b;
-  for (index_t block = first; block < last; ++block) {
-    function(q, codes, block, b);
-    if ((b.even | b.odd) == 0) continue;
+  for (index_t block = function(q, codes, first, last, false, b); block < last;
+       block = function(q, codes, block + 1, last, false, b)) {
     if (have + scan_keys > capacity) return -1;
     std::uint64_t mask = std::uint64_t{b.odd} << 32 | b.even;
-    for (; mask != 0; mask &= mask - 1) out[have++] = detail::pick_of(b, q.heads, codes, block, std::countr_zero(mask));
+    for (; mask != 0; mask &= mask - 1) out[have++] = detail::pick_of(b, q, codes, block, std::countr_zero(mask));
   }
   return have;
 }
 
-/// All keys of a block, taken or not: out [scan_keys], ascending rows.
-inline void scan_all(isa how, const scan_query& q, const code_blocks& codes, index_t block, scan_pick* out) noexcept {
+/// All keys of a block, taken or not, ascending rows: what a slice needs of them.
+struct scanned_keys {
+  alignas(64) std::int16_t score[scan_heads][scan_keys];  ///< steps
+  alignas(64) std::int16_t level[scan_keys], reach[scan_keys];
+  alignas(64) std::uint16_t radius[scan_keys];
+};
+inline void scan_all(isa how, const scan_query& q, const code_blocks& codes, index_t block,
+                     scanned_keys& out) noexcept {
   detail::scanned_block b;
-  detail::scan_for(how, q.heads)(q, codes, block, b);
-  for (int key = 0; key < scan_keys; ++key)
-    out[key] = detail::pick_of(b, q.heads, codes, block, (key & 1) * 32 + key / 2);
+  static_cast<void>(detail::scan_for(how, q.heads)(q, codes, block, block + 1, true, b));
+  const std::byte* lanes =
+      codes.first + static_cast<std::size_t>(block) * codes.stride + static_cast<std::size_t>(codes.planes) * scan_keys;
+  const auto in_order = [](const std::int16_t* from, auto* to) {
+    for (int i = 0; i < 32; ++i) {
+      to[2 * i] = static_cast<std::remove_reference_t<decltype(*to)>>(from[i]);
+      to[2 * i + 1] = static_cast<std::remove_reference_t<decltype(*to)>>(from[32 + i]);
+    }
+  };
+  in_order(b.level, out.level);
+  in_order(reinterpret_cast<const std::int16_t*>(lanes) + scan_keys, out.reach);
+  in_order(reinterpret_cast<const std::int16_t*>(lanes) + 2 * scan_keys, out.radius);
+  for (int h = 0; h < q.heads; ++h) in_order(b.score[h], out.score[h]);
 }
 
 }  // namespace vattn::kernel

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <span>
 
 #include "vattn/sample/philox.hpp"
@@ -37,9 +38,16 @@ struct by_group_importance : by_importance {
   static constexpr bool shared = true;
 };
 
+/// What a call on a store spends its time on.
+enum class store_stage : std::uint8_t { tables, pilot, plan, scan, picks, slice, judge, exact };
+inline constexpr std::size_t store_stages = 8;
+
 /// Picks by the codes of a shuffled_store, and a slice of it (store_attention.hpp).
 struct from_store {
   static constexpr bool is_store = true;
+  /// Told by the calling thread when a stage begins; the last one ends with the call. For benchmarks: derive and
+  /// redefine.
+  static void enter(store_stage) noexcept {}
 };
 
 /// Permanent numbers u_i, a pure function of the stream, [first, last) of `numbers`.

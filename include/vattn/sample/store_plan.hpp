@@ -106,15 +106,19 @@ class store_planner {
   }
 
   [[nodiscard]] store_choice choose(const read_costs& costs, index_t fixed) const noexcept {
+    // The cost has more than one valley: a long slice by itself, or picks and a shorter one.
     std::array<double, kernel::scan_heads> high{};
     high.fill(14);  // log a, where nearly everything is certain
-    store_choice best = option(256, costs, fixed, high), next;
-    for (double m = 512; m < static_cast<double>(n_) / 2; m *= 2) {  // a falls as the slice grows
+    const double alone = slice_alone();
+    store_choice best = option(std::min(alone, static_cast<double>(n_)), costs, fixed, high), next;
+    high.fill(14);
+    double m = 128;
+    for (; m < alone && costs.slice() * m < best.cost; m *= 2) {  // a falls as the slice grows
       next = option(m, costs, fixed, high);
-      if (next.cost > best.cost) break;
-      best = next;
+      if (next.cost < best.cost) best = next;
     }
-    for (const double factor : {0.70711, 0.84090, 1.18921, 1.41421}) {
+    for (const double factor : {0.70711, 1.41421}) {
+      if (static_cast<double>(best.slice) >= 0.9 * alone) break;
       high.fill(14);
       next = option(factor * static_cast<double>(best.slice), costs, fixed, high);
       if (next.cost < best.cost) best = next;
@@ -167,7 +171,7 @@ class store_planner {
     }
     if (heads_ == 1) return 0;
     double low = 0, high = 3;
-    for (int i = 0; i < 5; ++i) {
+    for (int i = 0; i < 4; ++i) {
       const double middle = (low + high) / 2;
       bool all = true;
       for (index_t h = 0; h < heads_ && all; ++h) all = enough(h, true, std::exp(-middle), share);
@@ -225,11 +229,24 @@ class store_planner {
     return variance + 4 * static_cast<double>(sum.second) / variance <= goals_[at(h)].goal;
   }
 
+  // The slice that is enough for all heads by itself.
+  [[nodiscard]] double slice_alone() const noexcept {
+    double low = 6, high = std::log2(static_cast<double>(n_));  // log₂ of rows
+    for (int i = 0; i < 8; ++i) {
+      const double middle = (low + high) / 2, share = std::exp2(middle) / static_cast<double>(n_);
+      bool all = true;
+      for (index_t h = 0; h < heads_ && all; ++h) all = enough(h, false, 0, share);
+      (all ? high : low) = middle;
+    }
+    return std::exp2(high);
+  }
+
   // The least a that is enough: 0 where the slice is by itself.
   [[nodiscard]] double threshold(index_t h, double share, double& high) const noexcept {
     if (enough(h, false, 0, share)) return 0;
-    double low = high - 24;
-    for (int i = 0; i < 8; ++i) {
+    double low = high - 3;
+    while (enough(h, false, std::exp(low), share) && low > -20) high = low, low -= 3;
+    for (int i = 0; i < 4; ++i) {
       const double middle = (low + high) / 2;
       (enough(h, false, std::exp(middle), share) ? high : low) = middle;
     }

@@ -44,7 +44,7 @@ struct random_scan {
       const float radius = b % 11 == 10 ? std::numeric_limits<float>::infinity() : real(0, 3);
       std::memcpy(lanes + 6 * scan_keys, &radius, sizeof radius);
     }
-    const int most = std::min(63, scan_query::largest_sum / view.groups);
+    const int most = std::min(scan_query::largest_entry, scan_query::largest_sum / view.groups);
     tables.resize(static_cast<std::size_t>(heads * view.groups * 64));
     for (std::uint8_t& t : tables) t = static_cast<std::uint8_t>(whole(0, most));
     q.tables = tables.data();
@@ -56,6 +56,7 @@ struct random_scan {
       q.slack[h] = real(0, 700);
       q.sure[h] = real(0, 2000);
     }
+    q.sure_level = static_cast<std::int16_t>(whole(0, 300));
     q.noise_factor = static_cast<std::int16_t>(whole(1, 8192));
     q.reach_factor = static_cast<std::int16_t>(whole(1, 16384));
     q.least_reach = static_cast<std::int16_t>(whole(-2000, 200));
@@ -85,7 +86,8 @@ struct random_scan {
 };
 
 bool same(const scan_pick& a, const scan_pick& b) {
-  return a.row == b.row && a.level == b.level && a.reach == b.reach && a.radius == b.radius && a.score == b.score;
+  return a.row == b.row && a.level == b.level && a.reach == b.reach && a.radius == b.radius && a.score == b.score &&
+         a.margin == b.margin;
 }
 
 double saturated(double x) { return std::clamp(x, -32768.0, 32767.0); }
@@ -93,7 +95,7 @@ double product(double a, double b) { return std::floor((a * b + 16384) / 32768);
 
 // One key by the words of the header: `group` by group from the planes' bits, in double.
 struct naive_key {
-  double level = -32768, reach = 0;
+  double level = -32768, reach = 0, margin = 0;
   std::vector<double> score;
   bool taken = false;
 };
@@ -132,10 +134,11 @@ naive_key naive(const random_scan& s, index_t block, int key) {
     sure = sure || saturated(k.score.back() + k.reach) >= certain;
   }
   k.level = saturated(k.level + k.reach);
-  if (sure) k.level = std::max(k.level, 0.0);
+  if (sure) k.level = std::max(k.level, static_cast<double>(s.q.sure_level));
   const double u =
       kernel::detail::noise()[kernel::detail::noise_place(s.q.numbers, block) + static_cast<unsigned>(lane)];
-  k.taken = saturated(k.level + product(u, s.q.noise_factor)) >= 0 && k.level >= s.q.cut;
+  k.margin = saturated(k.level + product(u, s.q.noise_factor));
+  k.taken = k.margin >= 0 && k.level >= s.q.cut;
   return k;
 }
 
@@ -154,11 +157,14 @@ TEST_CASE("all instruction sets scan to the same bits, for all group sizes and h
         CAPTURE(to_string(how), got.size());
         CHECK(std::equal(got.begin(), got.end(), want.begin(), want.end(), same));
         index_t unlike = 0;
-        std::vector<scan_pick> a(scan_keys), b(scan_keys);
+        kernel::scanned_keys a, b;
         for (index_t block = 0; block < s.blocks; ++block) {
-          kernel::scan_all(how, s.q, s.view, block, a.data());
-          kernel::scan_all(isa::portable, s.q, s.view, block, b.data());
-          for (std::size_t i = 0; i < scan_keys; ++i) unlike += !same(a[i], b[i]);
+          kernel::scan_all(how, s.q, s.view, block, a);
+          kernel::scan_all(isa::portable, s.q, s.view, block, b);
+          for (int i = 0; i < scan_keys; ++i) {
+            unlike += a.level[i] != b.level[i] || a.reach[i] != b.reach[i] || a.radius[i] != b.radius[i];
+            for (int h = 0; h < heads; ++h) unlike += a.score[h][i] != b.score[h][i];
+          }
         }
         CHECK(unlike == 0);
       }
@@ -172,21 +178,23 @@ TEST_CASE("scores, levels and picks are those of the specification", "[kernel][s
       const random_scan s(dim, heads, static_cast<unsigned>(dim + heads));
       for (const isa how : available()) {
         CAPTURE(dim, heads, to_string(how));
-        std::vector<scan_pick> all(scan_keys);
+        kernel::scanned_keys all;
         const std::vector<scan_pick> picks = s.picks(how);
         std::size_t next = 0;
         index_t wrong = 0;
         for (index_t block = 0; block < s.blocks; ++block) {
-          kernel::scan_all(how, s.q, s.view, block, all.data());
+          kernel::scan_all(how, s.q, s.view, block, all);
           for (int key = 0; key < scan_keys; ++key) {
             const naive_key want = naive(s, block, key);
-            const scan_pick& got = all[static_cast<std::size_t>(key)];
-            wrong += got.row != block * scan_keys + key || got.level != want.level;
+            wrong += all.level[key] != want.level;
+            for (int h = 0; h < heads; ++h) wrong += all.score[h][key] != want.score[static_cast<std::size_t>(h)];
+            const bool taken = next < picks.size() && picks[next].row == block * scan_keys + key;
+            wrong += taken != want.taken;
+            if (!taken) continue;
+            const scan_pick& got = picks[next++];
+            wrong += got.level != want.level || got.margin != want.margin;
             for (int h = 0; h < heads; ++h)
               wrong += got.score[static_cast<std::size_t>(h)] != want.score[static_cast<std::size_t>(h)];
-            const bool taken = next < picks.size() && picks[next].row == got.row;
-            wrong += taken != want.taken;
-            next += taken;
           }
         }
         CHECK(wrong == 0);
@@ -274,8 +282,9 @@ TEST_CASE("keys are taken as often as is stated, over calls", "[kernel][scan]") 
     lanes[scan_keys + i] = static_cast<std::int16_t>(-4 * i);
   }
   s.q.reach_factor = 32767, s.q.least_reach = -32767;
-  std::vector<scan_pick> all(scan_keys), out(scan_keys);
-  kernel::scan_all(kernel::widest_isa(), s.q, s.view, 0, all.data());
+  std::vector<scan_pick> out(scan_keys);
+  kernel::scanned_keys all;
+  kernel::scan_all(kernel::widest_isa(), s.q, s.view, 0, all);
   constexpr long calls = 20000;
   std::vector<long> taken(scan_keys, 0);
   for (long call = 0; call < calls; ++call) {
@@ -285,8 +294,8 @@ TEST_CASE("keys are taken as often as is stated, over calls", "[kernel][scan]") 
   }
   int uncertain = 0;
   for (std::size_t i = 0; i < scan_keys; ++i) {
-    const Eigen::Array<float, 1, 1> level(static_cast<float>(all[i].level));
-    const double p = all[i].level < s.q.cut ? 0 : static_cast<double>(kernel::inclusion(level, s.q.noise_factor)(0));
+    const Eigen::Array<float, 1, 1> level(static_cast<float>(all.level[i]));
+    const double p = all.level[i] < s.q.cut ? 0 : static_cast<double>(kernel::inclusion(level, s.q.noise_factor)(0));
     CAPTURE(i, p, taken[i]);
     if (p == 0 || p == 1) {
       CHECK(taken[i] == (p == 1 ? calls : 0));

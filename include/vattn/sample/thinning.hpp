@@ -1,0 +1,115 @@
+// Which of the picked tokens are worth their values, once their keys are read: the second half of two-stage sampling.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+#include <span>
+
+#include "vattn/kernel/plan_sums.hpp"
+#include "vattn/kernel/row.hpp"
+#include "vattn/kernel/scan.hpp"
+
+namespace vattn {
+
+/// A token that the scan picked with probability π₁ is kept with min(1, π*/π₁), π* = min(1, max_h a_h x_h R_h) by its
+/// exact logits (R² = r² + ‖ô − c‖²): in all with π = min(π₁, π*). Its row of V is not read where its key has shown
+/// that it hardly matters. The a_h are the least for which each head's variance
+///   Σ (x R)²/π₁·(1/min(π₁, π*) − 1)
+/// over the picks, itself unbiased for the variance to come, meets its goal.
+class thinning {
+ public:
+  /// Floats of memory for `capacity` picks.
+  [[nodiscard]] static constexpr std::size_t storage_size(index_t heads, index_t capacity) noexcept {
+    return static_cast<std::size_t>((3 * heads + 2) * padded(capacity));
+  }
+
+  thinning(kernel::isa how, std::span<float> storage, index_t heads, index_t picks) noexcept
+      : how_(how), storage_(storage), heads_(heads), n_(picks) {
+    // What pads the columns is harmless in every sum.
+    for (index_t h = 0; h < heads; ++h) std::fill_n(column(3 * h) + picks, padded(picks) - picks, 1.0f);
+    std::fill_n(column(least_) + picks, padded(picks) - picks, 0.0f);
+  }
+
+  /// [picks] 1/π₁, to be filled by the caller.
+  [[nodiscard]] float* inverse() noexcept { return column(least_); }
+  /// [picks] x_h R_h in any unit, to be filled by the caller before `solve`.
+  [[nodiscard]] float* weight(index_t h) noexcept { return column(3 * h); }
+
+  /// `goals` [heads]: variances in the squared unit of a head's weights; infinity: the head asks for nothing. False: a
+  /// head does not meet its goal with all picks; then it keeps all of what matters to it.
+  [[nodiscard]] bool solve(const std::array<double, kernel::scan_heads>& goals) noexcept {
+    bool met = true;
+    using map = Eigen::Map<Eigen::ArrayXf>;
+    const Eigen::Index n = padded(n_);
+    map group(column(best_), n);
+    const map inverse(column(least_), n);
+    group.setConstant(std::numeric_limits<float>::max());
+    std::array<double, kernel::scan_heads> a{};
+    for (index_t h = 0; h < heads_; ++h) {
+      const map w(column(3 * h), n);
+      map q(column(3 * h + 1), n), g(column(3 * h + 2), n);
+      q = w.square() * inverse;
+      g = 1 / w.max(1e-25f);
+      total_[at(h)] = static_cast<double>(q.sum());
+      goals_[at(h)] = goals[at(h)];
+      a[at(h)] = least(h, met);
+      if (a[at(h)] > 0) group = group.min(g * static_cast<float>(1 / a[at(h)]));
+    }
+    // What one head keeps serves the others: how far all may ask for less.
+    double low = 0, high = heads_ > 1 ? 2 : 0;
+    for (int i = 0; i < 4 && heads_ > 1; ++i) {
+      const double middle = (low + high) / 2;
+      bool all = true;
+      for (index_t h = 0; h < heads_ && all; ++h) all = variance(h, true, std::exp(-middle)) <= goals_[at(h)];
+      (all ? low : high) = middle;
+    }
+    shift_ = static_cast<float>(std::exp(low));
+    return met;
+  }
+
+  /// 1/π of pick i; its own number u in [0, 1) decides whether it is kept: u < π/π₁.
+  [[nodiscard]] float inverse_probability(index_t i) const noexcept {
+    return std::max(column(least_)[i], column(best_)[i] * shift_);
+  }
+
+ private:
+  [[nodiscard]] static constexpr std::size_t at(index_t i) noexcept { return static_cast<std::size_t>(i); }
+  [[nodiscard]] static constexpr index_t padded(index_t n) noexcept { return (n + 15) / 16 * 16; }
+  [[nodiscard]] float* column(index_t which) const noexcept { return storage_.data() + which * padded(n_); }
+
+  [[nodiscard]] double variance(index_t h, bool group, double a) const noexcept {
+    const float* g = group ? column(best_) : column(3 * h + 2);
+    return std::max(0.0, static_cast<double>(kernel::floored_sum(how_, column(3 * h + 1), g, column(least_), padded(n_),
+                                                                 static_cast<float>(1 / a))) -
+                             total_[at(h)]);
+  }
+
+  // The least a that meets the goal.
+  [[nodiscard]] double least(index_t h, bool& met) const noexcept {
+    const double goal = goals_[at(h)];
+    if (!(total_[at(h)] > 0) || goal == std::numeric_limits<double>::infinity()) return 0;
+    // Between what keeps all picks that are within e^20 of the largest, and what keeps no more than a few.
+    const double top = std::log(static_cast<double>(kernel::const_float_map(column(3 * h), n_).maxCoeff()));
+    double high = 20 - top, low = -10 - top;
+    if (variance(h, false, std::exp(high)) > goal) {
+      met = false;
+      return std::exp(high);
+    }
+    for (int i = 0; i < 8; ++i) {
+      const double middle = (low + high) / 2;
+      (variance(h, false, std::exp(middle)) <= goal ? high : low) = middle;
+    }
+    return std::exp(high);
+  }
+
+  kernel::isa how_;
+  std::span<float> storage_;  // [heads][w, q, 1/w], 1/π₁, the group's 1/(a w)
+  index_t heads_, n_;
+  index_t least_ = 3 * heads_, best_ = 3 * heads_ + 1;
+  float shift_ = 1;
+  std::array<double, kernel::scan_heads> goals_{}, total_{};
+};
+
+}  // namespace vattn
