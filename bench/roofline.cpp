@@ -34,7 +34,14 @@ struct row {
   double ms = 0, ms_min = 0, gbps = 0, read_share = 0, speedup = 0, density = 0, error_p90 = 0;
   index_t failures = 0, draws = 0;
   bool verifies = false, attends = false;
+  std::vector<std::pair<std::string, double>> stages;  // ms of a step, all threads together
 };
+
+// Brings other data into the caches: in a model other layers come between two steps of one.
+void forget(std::uint64_t& sink) {
+  static const std::vector<std::byte> other(std::size_t{96} << 20);
+  sink += sum_of_words(other.data(), other.size());
+}
 
 double quantile(std::vector<double> v, double p) {
   if (v.empty()) return 0;
@@ -85,16 +92,21 @@ void measure(const settings& o, const cache_shape& shape, const std::string& hea
       double density = 0;
     };
     std::vector<samples> taken(modes.size());
+    std::uint64_t sink = 0;
     for (int repeat = -1; repeat < o.repeats; ++repeat) {  // the first warms up
       std::fprintf(stderr, "\r%-78s",
                    (shape.regime + " " + dtype + " n " + std::to_string(shape.n) + " threads " +
                     std::to_string(threads) + ": " + std::to_string(repeat + 1) + "/" + std::to_string(o.repeats))
                        .c_str());
       for (std::size_t i = 0; i < modes.size(); ++i) {
+        forget(sink);
         const auto start = std::chrono::steady_clock::now();
         fail(modes[i]->run(step, static_cast<std::uint32_t>(repeat + 1)));
         const double ms = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
-        if (repeat < 0) continue;
+        if (repeat < 0) {
+          static_cast<void>(modes[i]->take_stages(1));
+          continue;
+        }
         taken[i].ms.push_back(ms);
         if (!modes[i]->attends()) continue;
         add_errors(output, truth, shape.dim, taken[i].errors);
@@ -102,10 +114,12 @@ void measure(const settings& o, const cache_shape& shape, const std::string& hea
           taken[i].density += c.density() / static_cast<double>(o.repeats) / static_cast<double>(shape.heads);
       }
     }
+    if (sink != 0) throw std::logic_error("zeros have a sum");
     double read = 0, dense = 0;
     for (std::size_t i = 0; i < modes.size(); ++i) {
-      const roofline_mode<T>& m = *modes[i];
-      row r{.mode = m.name(), .regime = shape.regime + (shape.agree ? "+agree" : ""), .heads = heads, .dtype = dtype};
+      roofline_mode<T>& m = *modes[i];
+      row r;
+      r.mode = m.name(), r.regime = shape.regime + (shape.agree ? "+agree" : ""), r.heads = heads, r.dtype = dtype;
       r.n = shape.n, r.dim = shape.dim, r.threads = pool.workers();
       r.ms = quantile(taken[i].ms, 0.5), r.ms_min = quantile(taken[i].ms, 0);
       if (m.name() == "read") read = r.ms;
@@ -120,6 +134,7 @@ void measure(const settings& o, const cache_shape& shape, const std::string& hea
       r.failures = m.verifies() ? std::count_if(taken[i].errors.begin(), taken[i].errors.end(),
                                                 [&](double e) { return e > o.epsilon; })
                                 : 0;
+      for (const auto& stage : m.take_stages(o.repeats)) r.stages.emplace_back(stage.name, stage.ms);
       table.push_back(r);
     }
   }
@@ -147,6 +162,7 @@ nlohmann::ordered_json to_json(const row& r, const settings& o) {
   if (!r.attends) j["speedup_over_dense"] = j["density"] = j["error_p90"] = nullptr;
   if (!r.verifies) j["failures"] = nullptr;
   if (r.verifies) j["epsilon"] = o.epsilon, j["delta"] = o.delta;
+  for (const auto& [name, ms] : r.stages) j["stages_ms"][name] = ms;
   return j;
 }
 
@@ -193,13 +209,14 @@ void run(const settings& o) {
     json->commit();
   }
   if (csv) {
-    csv->stream() << "mode,regime,n,heads,dim,dtype,threads,ms,ms_min,gbps,read_share,speedup_over_dense,density,"
-                     "error_p90,failures,draws\n";
+    csv->stream()
+        << "mode,regime,n,heads,dim,dtype,threads,ms,ms_min,gbps,read_share,speedup_over_dense,density,"
+           "error_p90,failures,draws,tables_ms,pilot_ms,plan_ms,scan_ms,picks_ms,slice_ms,judge_ms,exact_ms\n";
     for (const row& r : table) {
       std::string line;
       const nlohmann::ordered_json cells = to_json(r, o);
       for (auto cell = cells.begin(); cell != cells.end(); ++cell) {
-        if (cell.key() == "epsilon" || cell.key() == "delta") continue;
+        if (cell.key() == "epsilon" || cell.key() == "delta" || cell.key() == "stages_ms") continue;
         if (!line.empty()) line += ',';
         if (cell->is_string()) {
           line += cell->template get<std::string>();
@@ -207,6 +224,7 @@ void run(const settings& o) {
           line += cell->dump();
         }
       }
+      for (const auto& [name, ms] : r.stages) line += "," + nlohmann::json(ms).dump();
       csv->stream() << line << '\n';
     }
     csv->commit();

@@ -1,7 +1,10 @@
 // What `roofline` times: the memory itself, dense attention, and verified sparse modes, behind one interface.
 #pragma once
 
+#include <array>
+#include <chrono>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -38,6 +41,12 @@ class roofline_mode {
   virtual status run(const roofline_step<T>&, std::uint32_t number) = 0;
   /// Bytes that a step reads; 0 if unknown.
   [[nodiscard]] virtual double bytes() const { return 0; }
+  /// Names of a step's stages, and milliseconds of a step in each since the last call, all threads together.
+  struct stage {
+    const char* name;
+    double ms;
+  };
+  [[nodiscard]] virtual std::vector<stage> take_stages(int) { return {}; }
   /// Whether outputs are attention's, to be compared with the truth, and whether ε is promised.
   [[nodiscard]] virtual bool attends() const { return true; }
   [[nodiscard]] virtual bool verifies() const { return false; }
@@ -168,9 +177,69 @@ struct uniform_policy : default_policy {
   using selector = select::none;
 };
 
+/// Where a call on a store spends its time: each thread tells its own clock.
+class stage_clock {
+ public:
+  static void enter(sample::store_stage next) noexcept {
+    clock& c = own();
+    const auto now = std::chrono::steady_clock::now();
+    if (c.at < sample::store_stages) c.ms[c.at] += std::chrono::duration<double, std::milli>(now - c.since).count();
+    c.at = static_cast<std::size_t>(next), c.since = now;
+  }
+  /// The last stage of every thread ends with the step.
+  static void stop() noexcept {
+    const std::lock_guard guard(lock());
+    for (clock* c : all()) c->at = sample::store_stages;
+  }
+  /// Sums over all threads since the last time.
+  [[nodiscard]] static std::array<double, sample::store_stages> take() noexcept {
+    const std::lock_guard guard(lock());
+    std::array<double, sample::store_stages> sum{};
+    for (clock* c : all()) {
+      for (std::size_t i = 0; i < sum.size(); ++i) sum[i] += c->ms[i];
+      c->ms = {};
+    }
+    return sum;
+  }
+
+ private:
+  struct clock {
+    std::array<double, sample::store_stages> ms{};
+    std::size_t at = sample::store_stages;
+    std::chrono::steady_clock::time_point since{};
+    clock() {
+      const std::lock_guard guard(lock());
+      all().push_back(this);
+    }
+    ~clock() {
+      const std::lock_guard guard(lock());
+      std::erase(all(), this);
+    }
+  };
+  static clock& own() {
+    thread_local clock c;
+    return c;
+  }
+  static std::mutex& lock() {
+    static std::mutex m;
+    return m;
+  }
+  static std::vector<clock*>& all() {
+    static std::vector<clock*> clocks;
+    return clocks;
+  }
+};
+
 /// The functor over a store: a scan of codes, picks and a slice, or all rows where it predicts that to be faster.
 template <class T>
 class store_mode : public roofline_mode<T> {
+  struct timed_sampler : sample::from_store {
+    static void enter(sample::store_stage s) noexcept { stage_clock::enter(s); }
+  };
+  struct timed_policy : store_policy {
+    using sampler = timed_sampler;
+  };
+
  public:
   store_mode() : roofline_mode<T>("store") {}
   void prepare(const roofline_step<T>& s) override {
@@ -182,10 +251,19 @@ class store_mode : public roofline_mode<T> {
     config c;
     c.epsilon = s.epsilon;
     c.delta = s.delta;
-    return vattention<store_policy>(c)(s.cache.query(), store_, s.cache.options(), s.result(), memory_,
-                                       {.seed = 1, .step = number}, s.pool);
+    const status done = vattention<timed_policy>(c)(s.cache.query(), store_, s.cache.options(), s.result(), memory_,
+                                                    {.seed = 1, .step = number}, s.pool);
+    stage_clock::stop();
+    return done;
   }
   [[nodiscard]] bool verifies() const override { return true; }
+  [[nodiscard]] std::vector<typename roofline_mode<T>::stage> take_stages(int steps) override {
+    constexpr const char* names[] = {"tables", "pilot", "plan", "scan", "picks", "slice", "judge", "exact"};
+    const auto ms = stage_clock::take();
+    std::vector<typename roofline_mode<T>::stage> stages;
+    for (std::size_t i = 0; i < ms.size(); ++i) stages.push_back({names[i], ms[i] / steps});
+    return stages;
+  }
 
  private:
   shuffled_store<T> store_;
