@@ -7,6 +7,7 @@
 #include <span>
 
 #include "vattn/kernel/block_avx512.hpp"
+#include "vattn/kernel/block_digits.hpp"
 #include "vattn/kernel/block_rows.hpp"
 #include "vattn/kernel/block_vectors.hpp"
 
@@ -19,6 +20,9 @@ struct block_queries {
   const float* values = nullptr;          ///< [groups, dim], scaled; with AVX-512 [groups, padded(dim)]
   const std::uint16_t* halves = nullptr;  ///< bfloat16, [groups, padded(dim)], unscaled; where they are exact
   float scale = 1;                        ///< of `halves`
+#if VATTN_DISPATCH
+  const detail::query_digits* digits = nullptr;  ///< [groups, dim/32], for rows of q8_0; where q is finite
+#endif
 };
 
 /// Floats of storage that `prepare_queries` needs.
@@ -38,6 +42,15 @@ template <block_element T>
   if (how < isa::avx512) return out;
   const index_t width = detail::padded(dim);
   out.values = storage.data();
+  if constexpr (std::same_as<T, q8_0_block>) {
+    static_assert(sizeof(detail::query_digits) <= sizeof(float) * query_storage(1, 32));
+    auto* digits = reinterpret_cast<detail::query_digits*>(storage.data());
+    if (how >= isa::avx512_bf16 && scale != 0 && dim <= detail::widest_digits &&
+        detail::split_query(q, groups * dim, scale, digits)) {
+      out.digits = digits;
+      return out;
+    }
+  }
   if constexpr (std::same_as<T, Eigen::bfloat16>) {
     if (how >= isa::avx512_bf16 && scale != 0) {
       auto* halves = reinterpret_cast<std::uint16_t*>(storage.data() + groups * width);
@@ -74,6 +87,9 @@ template <block_element T>
 template <block_element T>
 inline void block_logits(const block_queries& q, const block_of_rows& rows, float* out) noexcept {
 #if VATTN_DISPATCH
+  if constexpr (std::same_as<T, q8_0_block>) {
+    if (q.digits) return detail::logits_digits(q.digits, q.groups, q.dim, rows, out);
+  }
   if (q.halves) return detail::logits_bf16(q.halves, q.scale, q.groups, q.dim, rows, out);
   if (q.how >= isa::avx512) return detail::logits_avx512<T>(q.values, q.groups, q.dim, rows, out);
   if (q.how == isa::avx2) return detail::logits_avx2<T>(q.values, q.groups, q.dim, rows, out);

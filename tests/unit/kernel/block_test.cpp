@@ -73,6 +73,9 @@ void check(index_t dim, index_t groups, index_t count, bool gathered, bool short
     const kernel::block_queries queries = kernel::prepare_queries<T>(how, q.data(), groups, dim, scale, storage);
     CHECK((queries.halves != nullptr) ==
           (short_queries && how == isa::avx512_bf16 && std::same_as<T, Eigen::bfloat16>));
+#if VATTN_DISPATCH
+    CHECK((queries.digits != nullptr) == (how == isa::avx512_bf16 && std::same_as<T, kernel::q8_0_block>));
+#endif
     kernel::block_logits<T>(queries, block, out.data());
     kernel::block_add<T>(how, x.data(), groups, block, dim, acc.data());
     double worst = 0;
@@ -109,9 +112,67 @@ TEST_CASE("block kernels are the naive loops, for every type, size, group and fi
         check<float>(dim, groups, count, false);
         check<Eigen::half>(dim, groups, count, groups % 2 == 0);
         check<Eigen::bfloat16>(dim, groups, count, true);
-        if (dim % 32 == 0) check<kernel::q8_0_block>(dim, groups, count, groups % 2 == 1);
+        if (dim % 32 == 0) {
+          check<kernel::q8_0_block>(dim, groups, count, groups % 2 == 1);
+          check<kernel::q8_0_block>(dim, groups, count, groups % 2 == 0, true);
+        }
         check<Eigen::bfloat16>(dim, groups, count, groups % 2 == 1, true);
       }
+    }
+  }
+}
+
+TEST_CASE("logits of q8_0 at the ends of quants, scales and queries", "[kernel][block]") {
+  std::mt19937 random(3);
+  const auto uniform = [&] { return static_cast<float>(random() % 20001) / 10000 - 1; };
+  constexpr index_t count = 40, dim = 64;
+  std::vector<kernel::q8_0_block> rows(count * 2);
+  for (kernel::q8_0_block& b : rows) {
+    b.scale = static_cast<std::uint16_t>(random() % 0x7c00 | (random() % 2 << 15));  // any that is finite
+    for (auto& q : b.quants) q = static_cast<std::int8_t>(random() % 3 == 0 ? random() % 2 * 255 + 128 : random());
+  }
+  const kernel::block_of_rows block({reinterpret_cast<const std::byte*>(rows.data()), 2 * sizeof rows[0]}, 0, count);
+  std::vector<float> q(dim), out(block_rows), storage(kernel::query_storage(1, dim));
+  for (const isa how : available()) {
+    for (const int kind : {0, 1, 2, 3, 4}) {
+      CAPTURE(to_string(how), kind);
+      for (float& v : q) {
+        v = kind == 0   ? 0
+            : kind == 1 ? uniform() * std::ldexp(1.0f, -static_cast<int>(random() % 24))  // beyond the digits' range
+            : kind == 2 ? (uniform() < 0 ? -255.0f : 255.0f) / 256                        // the largest digits
+            : kind == 3 ? uniform() * 1e20f
+                        : uniform() * 1e-20f;
+      }
+      const auto queries =
+          kernel::prepare_queries<kernel::q8_0_block>(how, q.data(), 1, dim, kind == 2 ? 1 : 0.31f, storage);
+      kernel::block_logits<kernel::q8_0_block>(queries, block, out.data());
+      for (std::size_t i = 0; i < count; ++i) {
+        double want = 0, size = 0, top = 0;
+        for (std::size_t d = 0; d < dim; ++d) {
+          const kernel::q8_0_block& b = rows[2 * i + d / 32];
+          const double k = static_cast<double>(kernel::half_to_float(b.scale)) * b.quants[d % 32];
+          want += static_cast<double>(q[d]) * k, size += std::abs(static_cast<double>(q[d]) * k);
+          top = std::max(top, std::abs(static_cast<double>(kernel::half_to_float(b.scale))) * 128);
+        }
+        double most = 0;
+        for (const float v : q) most = std::max(most, std::abs(static_cast<double>(v)));
+        CHECK(std::abs(static_cast<double>(out[i]) - want) <= 1e-6 * size + 0x1p-23 * most * top);
+      }
+    }
+    // What is not finite stays so, in a query or in a scale.
+    for (const float odd : {std::numeric_limits<float>::infinity(), std::nanf("")}) {
+      std::fill(q.begin(), q.end(), 1.0f);
+      q[37] = odd;
+      const auto queries = kernel::prepare_queries<kernel::q8_0_block>(how, q.data(), 1, dim, 0.31f, storage);
+      kernel::block_logits<kernel::q8_0_block>(queries, block, out.data());
+      for (std::size_t i = 0; i < count; ++i) CHECK_FALSE(std::isfinite(out[i]));
+      std::fill(q.begin(), q.end(), 1.0f);
+      std::vector<kernel::q8_0_block> damaged = rows;
+      damaged[2 * 17 + 1].scale = Eigen::numext::bit_cast<std::uint16_t>(Eigen::half(odd));
+      const kernel::block_of_rows all({reinterpret_cast<const std::byte*>(damaged.data()), block.stride}, 0, count);
+      const auto ones = kernel::prepare_queries<kernel::q8_0_block>(how, q.data(), 1, dim, 0.31f, storage);
+      kernel::block_logits<kernel::q8_0_block>(ones, all, out.data());
+      for (std::size_t i = 0; i < count; ++i) CHECK(std::isfinite(out[i]) == (i != 17));
     }
   }
 }
