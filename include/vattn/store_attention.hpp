@@ -14,6 +14,7 @@
 #include "vattn/exact_attention.hpp"
 #include "vattn/kv/store.hpp"
 #include "vattn/runtime/call.hpp"
+#include "vattn/sample/importance.hpp"
 #include "vattn/sample/store_plan.hpp"
 
 namespace vattn {
