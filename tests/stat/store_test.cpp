@@ -122,7 +122,8 @@ TEST_CASE("a store's failures <= delta on every regime, kind of values and group
   CHECK(3 * sampled > calls);  // what is read whole cannot fail
 }
 
-TEST_CASE("a store's estimates of D are without bias but for that of stopping, over draws and orders", "[stat][store]") {
+TEST_CASE("a store's estimates of D are without bias but for that of stopping, over draws and orders",
+          "[stat][store]") {
   for (const char* regime : {"flat", "gauss1", "gauss2", "laplace", "plateau", "bimodal"}) {
     stored_problem p(regime, "mean", long_enough(1), 32, 1, 11);
     constexpr int stores = 60, steps = 20;
