@@ -511,7 +511,7 @@ class store_sampler {
 
   static constexpr floor_sampling shape{};
   // Of the variance that verifies: what the picks are planned for, and what is kept of them.
-  static constexpr double plan_margin = 0.9, thin_margin = 0.9;
+  static constexpr double plan_margin = 0.9, thin_margin = 0.75;
   // Of the picks' goal: more variance than this with all of them, and it is worth weighing more.
   static constexpr double worth_thinning = 0.85;
   // Nats by which the scan's thresholds are lower than the plan's; those between are weighed if the rest is not enough.
