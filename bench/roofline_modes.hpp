@@ -28,6 +28,10 @@ struct roofline_step {
   }
 };
 
+/// As sample::store_stage has them.
+inline constexpr std::array<const char*, sample::store_stages> stage_names{"tables", "pilot", "plan",  "scan",
+                                                                           "picks",  "slice", "judge", "exact"};
+
 /// One row of the table. To add one: derive, and append it to `make_modes`.
 template <class T>
 class roofline_mode {
@@ -41,12 +45,9 @@ class roofline_mode {
   virtual status run(const roofline_step<T>&, std::uint32_t number) = 0;
   /// Bytes that a step reads; 0 if unknown.
   [[nodiscard]] virtual double bytes() const { return 0; }
-  /// Names of a step's stages, and milliseconds of a step in each since the last call, all threads together.
-  struct stage {
-    const char* name;
-    double ms;
-  };
-  [[nodiscard]] virtual std::vector<stage> take_stages(int) { return {}; }
+  /// Milliseconds of a step in each of `stage_names` since the last call, which was `steps` ago, all threads together;
+  /// empty if it has no stages.
+  [[nodiscard]] virtual std::vector<double> take_stages(int /*steps*/) { return {}; }
   /// Whether outputs are attention's, to be compared with the truth, and whether ε is promised.
   [[nodiscard]] virtual bool attends() const { return true; }
   [[nodiscard]] virtual bool verifies() const { return false; }
@@ -257,12 +258,10 @@ class store_mode : public roofline_mode<T> {
     return done;
   }
   [[nodiscard]] bool verifies() const override { return true; }
-  [[nodiscard]] std::vector<typename roofline_mode<T>::stage> take_stages(int steps) override {
-    constexpr const char* names[] = {"tables", "pilot", "plan", "scan", "picks", "slice", "judge", "exact"};
-    const auto ms = stage_clock::take();
-    std::vector<typename roofline_mode<T>::stage> stages;
-    for (std::size_t i = 0; i < ms.size(); ++i) stages.push_back({names[i], ms[i] / steps});
-    return stages;
+  [[nodiscard]] std::vector<double> take_stages(int steps) override {
+    std::vector<double> ms;
+    for (const double all : stage_clock::take()) ms.push_back(all / steps);
+    return ms;
   }
 
  private:
