@@ -34,6 +34,31 @@ struct row {
   double log_sum_exp = -std::numeric_limits<double>::infinity();
 };
 
+/// Attention of rows with weights: D = Σ x, o = Σ x v/D, Σ x‖v‖² and ‖o‖².
+struct weighted_output {
+  double denominator = 0, power = 0, output2 = 0;
+  std::vector<double> output;
+
+  explicit weighted_output(std::size_t dv) : output(dv) {}
+  /// `value(j)`: element j of the row's value.
+  template <class Value>
+  void add(double x, Value&& value) {
+    denominator += x;
+    for (std::size_t j = 0; j < output.size(); ++j) {
+      const auto v = static_cast<double>(value(j));
+      output[j] += x * v;
+      power += x * v * v;
+    }
+  }
+  /// After the last row.
+  void finish() {
+    for (double& o : output) {
+      o /= denominator;
+      output2 += o * o;
+    }
+  }
+};
+
 /// Does query t see this token? Query t of T stands at position n − T + t.
 [[nodiscard]] inline bool sees(const problem& p, std::int64_t b, std::int64_t t, std::int64_t h, std::int64_t token) {
   const std::int64_t position = p.n_tokens - p.n_queries + t;

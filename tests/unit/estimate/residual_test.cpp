@@ -102,21 +102,13 @@ TEST_CASE("the estimate is the exact part plus N/m times the sample", "[estimate
   for (const vattn::drawn_row& row : s.sample.rows()) weight[row.place] += 810.0 / 150.0;
   CHECK(*std::max_element(weight.begin(), weight.end()) == 810.0 / 150.0);  // nothing is counted twice
 
-  double D = 0, power = 0, output2 = 0;
-  std::vector<double> N(6);
+  vattn::reference::weighted_output sums(6);
   for (std::size_t i = 0; i < 900; ++i) {
-    const double x = weight[i] * std::exp(want.logits[i] - s.now.reference);
-    D += x;
-    for (std::size_t j = 0; j < 6; ++j) {
-      const auto v = static_cast<double>(s.p.v[i * 6 + j]);
-      N[j] += x * v;
-      power += x * v * v;
-    }
+    sums.add(weight[i] * std::exp(want.logits[i] - s.now.reference), [&](std::size_t j) { return s.p.v[i * 6 + j]; });
   }
-  for (double& x : N) {
-    x /= D;
-    output2 += x * x;
-  }
+  sums.finish();
+  const double D = sums.denominator, power = sums.power, output2 = sums.output2;
+  const std::vector<double>& N = sums.output;
   CHECK_THAT(s.now.denominator, WithinRel(D, 1e-5));
   CHECK_THAT(s.now.power, WithinRel(power / D, 1e-5));
   CHECK_THAT(s.now.output2, WithinRel(output2, 1e-5));

@@ -7,6 +7,7 @@
 #include <random>
 #include <vector>
 
+#include "reference/attention.hpp"
 #include "support/catch.hpp"
 
 using namespace vattn::test;
@@ -131,22 +132,17 @@ TEST_CASE("strata: output, variance and degrees of freedom by their formulas", "
       std::vector<float> output(dv), scratch(2 * dv);
       const auto e = vattn::estimate_strata(picked.sums, light.sums, static_cast<index_t>(h), n, m, extra, centre,
                                             output, scratch.data());
-      double D = extra, power = 0, output2 = 0;
-      std::vector<double> o(dv);
+      vattn::reference::weighted_output sums(dv);
+      sums.denominator = extra;
       const auto add = [&](const term& i, double w) {
-        D += w * i.x[h] * factor;
-        for (std::size_t j = 0; j < dv; ++j) {
-          o[j] += w * i.x[h] * factor * i.v[j];
-          power += w * i.x[h] * factor * i.v[j] * i.v[j];
-        }
+        sums.add(w * i.x[h] * factor, [&](std::size_t j) { return i.v[j]; });
       };
       for (const term& i : picked.terms) add(i, i.w);
       for (const term& i : light.terms) add(i, weight);
-      for (std::size_t j = 0; j < dv; ++j) {
-        o[j] /= D;
-        output2 += o[j] * o[j];
-        CHECK_THAT(static_cast<double>(output[j]), WithinRel(o[j], 1e-5));
-      }
+      sums.finish();
+      const double D = sums.denominator, power = sums.power, output2 = sums.output2;
+      const std::vector<double>& o = sums.output;
+      for (std::size_t j = 0; j < dv; ++j) CHECK_THAT(static_cast<double>(output[j]), WithinRel(o[j], 1e-5));
       CHECK_THAT(e.denominator, WithinRel(D, 1e-5));
       CHECK_THAT(e.power, WithinRel(power / D, 1e-5));
       CHECK_THAT(e.output2, WithinRel(output2, 1e-5));

@@ -58,15 +58,8 @@ TEST_CASE("weighted rows: the estimate and its moments are the sums they stand f
     weighted_head s({.n = 400, .dk = 8, .dv = dv}, 7, 2.0f, fixed);
     s.look();
     const auto value = [&](std::size_t i, std::size_t j) { return static_cast<double>(s.p.v[i * dv + j]); };
-    double D = 0, power = 0, output2 = 0;
-    std::vector<double> o(dv);
-    const auto add = [&](std::size_t i, double x) {
-      D += x;
-      for (std::size_t j = 0; j < dv; ++j) {
-        o[j] += x * value(i, j);
-        power += x * value(i, j) * value(i, j);
-      }
-    };
+    vattn::reference::weighted_output sums(dv);
+    const auto add = [&](std::size_t i, double x) { sums.add(x, [&](std::size_t j) { return value(i, j); }); };
     const auto weight = [&](index_t i) { return std::exp(static_cast<double>(s.row.logit(i)) - s.now.reference); };
     for (index_t i = 0; i < fixed; ++i) add(static_cast<std::size_t>(i), weight(i));
     index_t certain = 0;
@@ -74,10 +67,9 @@ TEST_CASE("weighted rows: the estimate and its moments are the sums they stand f
       add(r.place, weight(r.place) / static_cast<double>(r.probability));
       certain += r.probability >= 1;
     }
-    for (double& x : o) {
-      x /= D;
-      output2 += x * x;
-    }
+    sums.finish();
+    const double D = sums.denominator, power = sums.power, output2 = sums.output2;
+    const std::vector<double>& o = sums.output;
     CHECK_THAT(s.now.denominator, WithinRel(D, 1e-6));
     CHECK_THAT(s.now.power, WithinRel(power / D, 1e-6));
     CHECK_THAT(s.now.output2, WithinRel(output2, 1e-6));
