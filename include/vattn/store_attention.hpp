@@ -150,7 +150,7 @@ class store_sampler {
       next = weigh_enough(read, candidates);
       if (next == next_step::give_up) return;
       if (next == next_step::scan) continue;
-      read_values(read);
+      read.read_picks(picks_, picks_ > few_picks ? &goals_ : nullptr);
       enter(stage::judge);
       next = judge(read, round);
       if (next == next_step::done) return;
@@ -383,11 +383,6 @@ class store_sampler {
     }
   }
 
-  // Values of the picks that each head's goal asks for, with what the slice leaves of it.
-  void read_values(store_reader<Head>& read) noexcept {
-    read.read_picks(picks_, picks_ > few_picks ? &goals_ : nullptr);
-  }
-
   [[nodiscard]] double squared_radius(double variance, double dimension, double dof) const noexcept {
     sum_evidence y;
     y.with_replacement = true;
@@ -530,7 +525,7 @@ class store_sampler {
   std::array<double, max_group> score_mean_{}, score_variance_{};  // over all keys, from a few blocks
   std::array<float, max_group> away_{};
   std::array<double, max_group> squeeze_{};
-  std::array<double, kernel::scan_heads> goals_{};  // variances for the picks
+  std::array<double, kernel::scan_heads> goals_{};  // variances that the slice leaves to the picks
   index_t picks_ = 0, above_ = 0;                   // weighed, by how many steps their thresholds are above the scan's
   std::array<bool, max_group> done_{};
   std::array<strata_estimate, max_group> estimate_{};

@@ -93,12 +93,15 @@ class vattention {
     for (index_t b = 0; b < q.extents[0]; ++b) {
       for (index_t t = 0; t < q.extents[1]; ++t) {
         for (index_t h = 0; h < q.extents[2]; ++h) {
-          certificate& c = result.certificates(b, t, h);
-          c.epsilon = settings_.epsilon, c.delta = settings_.delta, c.scale = settings_.scale, c.target = target::kind;
+          state_promise(result.certificates(b, t, h));
         }
       }
     }
     return s;
+  }
+
+  void state_promise(certificate& c) const noexcept {
+    c.epsilon = settings_.epsilon, c.delta = settings_.delta, c.scale = settings_.scale, c.target = target::kind;
   }
 
   // The heads of a group, together where one sample serves them all; else this is called with one at a time.
@@ -108,7 +111,7 @@ class vattention {
     for (index_t g = 0; g < heads.size(); ++g) {
       head_task<Head>& task = heads[g];
       certificate& c = task.c;
-      c.epsilon = settings_.epsilon, c.delta = settings_.delta, c.scale = settings_.scale, c.target = target::kind;
+      state_promise(c);
       if constexpr (from_store) continue;
       if (settings_.sinks + settings_.window + settings_.min_sample >= max_rows(c.n)) {
         task.ok = task.ok && attend_exactly(task.row, task.tokens, task.s, task.state, c);

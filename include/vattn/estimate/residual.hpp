@@ -101,8 +101,7 @@ class residual_sample {
                     r.data();
                     r.size_bytes();
                   }) {
-      const auto* p = reinterpret_cast<const char*>(r.data());
-      for (std::size_t at = 0; at < r.size_bytes(); at += 64) __builtin_prefetch(p + at);
+      kernel::prefetch_row(reinterpret_cast<const std::byte*>(r.data()), r.size_bytes());
     }
   }
 

@@ -32,7 +32,7 @@ struct store_reader_memory {
   std::span<float> by_level;           // [levels] 1/π
   std::span<float> weights;            // [capacity]
   index_t capacity = 0;
-  static constexpr index_t levels = 4096;  // whole steps below 0 whose probability is tabulated
+  static constexpr index_t levels = 4096;  // steps below 0: no noise is larger than 17·ln 2 nats
 
   [[nodiscard]] static store_reader_memory take(arena& a, index_t heads, index_t dk, index_t dv,
                                                 index_t capacity) noexcept {
@@ -130,11 +130,8 @@ class store_reader {
       if (notes) {
         for (index_t i = 0; i < count && !notes->full(); ++i) {
           if (b.w[i] == 0) continue;
-          notes->push();
-          notes->last(plan_rows::weight) = static_cast<float>(blocks) / static_cast<float>(to);
-          notes->last(plan_rows::reach2) = b.r2[i];
-          notes->last(plan_rows::radius) = kernel::bfloat16_to_float(slice_.radius[i]);
-          notes->last(plan_rows::log_reach) = tables_.log_reach(slice_.reach[i]);
+          notes->push(static_cast<float>(blocks) / static_cast<float>(to), b.r2[i], tables_.log_reach(slice_.reach[i]),
+                      kernel::bfloat16_to_float(slice_.radius[i]));
           for (index_t h = 0; h < heads_; ++h) {
             notes->last(notes->logits_of(h)) = m_.x[at(h * kernel::block_rows + i)];
             notes->last(notes->scores_of(h)) = tables_.score(slice_.score[h][i]);
@@ -174,15 +171,14 @@ class store_reader {
 
   /// The picks that were weighed have probability share·π(level − above), in whole steps.
   void set_probabilities(index_t picks, index_t above, float share) noexcept {
-    thinning all(how_, m_.thinning, heads_, picks);
-    inverse_ = all.inverse();
+    thin_ = thinning(how_, m_.thinning, heads_, picks);
     const float scale = 1 / share;
     index_t least = 0;
     for (index_t i = 0; i < picks; ++i) least = std::min<index_t>(least, m_.picks[at(i)].level);
     tabulate_probabilities(above - least + 1);
     for (index_t i = 0; i < picks; ++i) {
       const index_t below = std::clamp<index_t>(above - m_.picks[at(i)].level, 0, m_.levels - 1);
-      inverse_[i] = scale * m_.by_level[at(below)];
+      thin_.inverse()[i] = scale * m_.by_level[at(below)];
     }
   }
 
@@ -190,11 +186,7 @@ class store_reader {
   void note_picks(index_t picks, plan_rows& notes) const noexcept {
     for (index_t i = 0; i < picks && !notes.full(); ++i) {
       const kernel::scan_pick& p = m_.picks[at(i)];
-      notes.push();
-      notes.last(plan_rows::weight) = inverse_[i];
-      notes.last(plan_rows::reach2) = m_.reach2[at(i)];
-      notes.last(plan_rows::radius) = kernel::bfloat16_to_float(p.radius);
-      notes.last(plan_rows::log_reach) = tables_.log_reach(p.reach);
+      notes.push(thin_.inverse()[i], m_.reach2[at(i)], tables_.log_reach(p.reach), kernel::bfloat16_to_float(p.radius));
       for (index_t h = 0; h < heads_; ++h) {
         notes.last(notes.logits_of(h)) = m_.logits[at(h * m_.capacity + i)];
         notes.last(notes.scores_of(h)) = tables_.score(p.score[at(h)]);
@@ -209,13 +201,11 @@ class store_reader {
   /// `away2` [heads]: ‖ô − c‖², R² = r² + that. Prepares `read_picks`.
   void look_at_picks(index_t picks, const std::array<double, max_group>& away2,
                      std::array<weighed, max_group>& found) noexcept {
-    thinning thin(how_, m_.thinning, heads_, picks);
-    const Eigen::Map<const Eigen::ArrayXf> inverse(inverse_, picks);
+    const Eigen::Map<const Eigen::ArrayXf> inverse(thin_.inverse(), picks);
     const Eigen::Map<const Eigen::ArrayXf> r2(m_.reach2.data(), picks);
     for (index_t h = 0; h < heads_; ++h) {
-      float* to = thin.weight(h);
+      float* to = thin_.weight(h);
       const float* l = m_.logits.data() + h * m_.capacity;
-      double x = 0;
       for (index_t from = 0; from < picks; from += kernel::block_rows) {
         const index_t n = std::min(kernel::block_rows, picks - from);
         std::copy_n(l + from, n, m_.x.data());
@@ -223,7 +213,7 @@ class store_reader {
         std::copy_n(m_.x.data(), n, to + from);
       }
       Eigen::Map<Eigen::ArrayXf> w(to, picks);
-      x = static_cast<double>((w * inverse).sum());
+      const auto x = static_cast<double>((w * inverse).sum());
       w *= (r2 + static_cast<float>(away2[at(h)])).sqrt();
       found[at(h)] = {x, static_cast<double>((w.square() * inverse * (inverse - 1)).sum())};
     }
@@ -236,20 +226,20 @@ class store_reader {
     const std::span<ordinal> kept = m_.kept;
     index_t count = 0;
     if (goals) {
-      thinning thin(how_, m_.thinning, heads_, picks);
-      static_cast<void>(thin.solve(*goals));
+      static_cast<void>(thin_.solve(*goals));
       for (index_t i = 0; i < picks; ++i) {
-        const float total = thin.inverse_probability(i);
+        const float total = thin_.inverse_probability(i);
         // The same number for the same row, whatever is kept beside it.
-        const auto u = static_cast<float>(splitmix(tables_.query.numbers ^ m_.picks[at(i)].row) >> 40) * 0x1p-24f;
-        const bool keep = u * total < inverse_[i];
+        const auto u =
+            static_cast<float>(kernel::detail::scrambled(tables_.query.numbers ^ m_.picks[at(i)].row) >> 40) * 0x1p-24f;
+        const bool keep = u * total < thin_.inverse()[i];
         kept[at(count)] = static_cast<ordinal>(i);
         count += keep ? 1 : 0;
         m_.weights[at(i)] = keep ? total : 0;
       }
     } else {
       for (; count < picks; ++count) kept[at(count)] = static_cast<ordinal>(count);
-      std::copy_n(inverse_, picks, m_.weights.data());
+      std::copy_n(thin_.inverse(), picks, m_.weights.data());
     }
     read_ = count;
     std::array<ordinal, kernel::block_rows> index{};
@@ -290,27 +280,16 @@ class store_reader {
     }
   };
 
-  // 1/π of levels down to −count, as kernel::inclusion has it, with the block kernels' exponential.
+  // 1/π of levels down to −count.
   void tabulate_probabilities(index_t count) noexcept {
-    const auto f = static_cast<float>(tables_.query.noise_factor);
     for (; tabulated_ < std::min(count, m_.levels); tabulated_ += kernel::block_rows) {
       float* p = m_.by_level.data() + tabulated_;
-      const auto whole = [](float x) { return static_cast<float>(static_cast<int>(x)); };
-      for (int i = 0; i < static_cast<int>(kernel::block_rows); ++i) {
-        const float x = (static_cast<float>(static_cast<int>(tabulated_) + i) * 32768.0f - 16384.0f) / f;
-        p[i] = std::max(0.0f, whole(x) + (whole(x) < x ? 1.0f : 0.0f)) * (-1.0f / 1024);
-      }
-      static_cast<void>(kernel::block_exponentials(how_, p, kernel::block_rows, 0));
-      for (index_t i = 0; i < kernel::block_rows; ++i) p[i] = 65536 / std::max(0.5f, whole(65536 * p[i] + 0.5f));
+      kernel::inclusion(how_, tables_.query.noise_factor, -static_cast<int>(tabulated_), kernel::block_rows, p);
+      for (index_t i = 0; i < kernel::block_rows; ++i) p[i] = 1 / p[i];
     }
   }
 
   [[nodiscard]] static constexpr std::size_t at(index_t i) noexcept { return static_cast<std::size_t>(i); }
-  [[nodiscard]] static std::uint64_t splitmix(std::uint64_t x) noexcept {
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
-    return x ^ (x >> 31);
-  }
   [[nodiscard]] kernel::strided_rows keys() const noexcept { return head_.key_rows(); }
   [[nodiscard]] kernel::strided_rows values() const noexcept { return head_.value_rows(); }
   [[nodiscard]] std::uint64_t coins() noexcept { return (std::uint64_t{coins_.next()} << 32) | coins_.next(); }
@@ -320,22 +299,16 @@ class store_reader {
     return std::min(static_cast<float>(reach) * (2.0f / 512) + log_unit2_, 80.0f);
   }
 
-  static void fetch(const std::byte* row, index_t bytes) noexcept {
-#if defined(__GNUC__)
-    for (index_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte);
-#else
-    static_cast<void>(row), static_cast<void>(bytes);
-#endif
+  void fetch(const kernel::strided_rows& rows, const kernel::scan_pick& p) const noexcept {
+    kernel::prefetch_row(rows.first + (head_.sinks() + index_t{p.row}) * rows.stride,
+                         static_cast<std::size_t>(rows.stride));
   }
   void fetch_keys(index_t from, index_t end) const noexcept {
-    for (index_t i = from; i < std::min(end, from + kernel::block_rows); ++i)
-      fetch(keys().first + (head_.sinks() + index_t{m_.picks[at(i)].row}) * keys().stride, keys().stride);
+    for (index_t i = from; i < std::min(end, from + kernel::block_rows); ++i) fetch(keys(), m_.picks[at(i)]);
   }
   void fetch_values(std::span<const ordinal> kept, index_t from, index_t end) const noexcept {
-    for (index_t i = from; i < std::min(end, from + kernel::block_rows); ++i) {
-      const kernel::scan_pick& p = m_.picks[at(index_t{kept[at(i)]})];
-      fetch(values().first + (head_.sinks() + index_t{p.row}) * values().stride, values().stride);
-    }
+    for (index_t i = from; i < std::min(end, from + kernel::block_rows); ++i)
+      fetch(values(), m_.picks[at(index_t{kept[at(i)]})]);
   }
 
   // Logits of a block.
@@ -389,7 +362,7 @@ class store_reader {
   random_stream coins_;
   kernel::block_queries prepared_{};
   stratum picked_, light_;
-  float* inverse_ = nullptr;
+  thinning thin_;  // of the picks whose probabilities are set
   index_t read_ = 0, tabulated_ = 0;
   float log_unit2_ = 0;
   std::uint32_t odd_ = 0;

@@ -11,12 +11,6 @@
 
 #define VATTN_AVX512_INLINE VATTN_TARGET_AVX512 inline __attribute__((always_inline))
 #define VATTN_BF16_INLINE VATTN_TARGET_AVX512_BF16 inline __attribute__((always_inline))
-// Sums stay in registers only if their loops are gone, at -O2 too.
-#if defined(__clang__)
-#define VATTN_UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define VATTN_UNROLL _Pragma("GCC unroll 16")
-#endif
 
 // GCC 12 unrolls these loops for counts that its callers do not pass, finds that such a count would overflow, and
 // warns.
@@ -348,5 +342,4 @@ VATTN_TARGET_AVX512 inline bool maximum_avx512(const float* x, index_t n, float&
 
 #undef VATTN_AVX512_INLINE
 #undef VATTN_BF16_INLINE
-#undef VATTN_UNROLL
 #endif

@@ -13,11 +13,6 @@
 #include <immintrin.h>
 
 #define VATTN_VNNI_INLINE VATTN_TARGET_AVX512_BF16 inline __attribute__((always_inline))
-#if defined(__clang__)
-#define VATTN_UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define VATTN_UNROLL _Pragma("GCC unroll 16")
-#endif
 
 namespace vattn::kernel::detail {
 
@@ -91,7 +86,7 @@ class row_fetcher {
  private:
   template <int Locality>
   VATTN_VNNI_INLINE void fetch(const std::byte* row) const noexcept {
-    for (index_t byte = 0; byte < bytes_; byte += 64) __builtin_prefetch(row + byte, 0, Locality);
+    prefetch_row<Locality>(row, static_cast<std::size_t>(bytes_));
   }
   const std::byte* next_;
   index_t stride_, bytes_, left_;
@@ -208,5 +203,4 @@ VATTN_TARGET_AVX512_BF16 inline void logits_digits(const query_digits* q, index_
 }  // namespace vattn::kernel::detail
 
 #undef VATTN_VNNI_INLINE
-#undef VATTN_UNROLL
 #endif

@@ -97,22 +97,15 @@ template <block_element T>
 template <int R, bool Whole>
 inline void fetch_rows(const block_of_rows& rows, index_t i, index_t bytes) noexcept {
   if (rows.index) {
-#if defined(__GNUC__)
-    for (index_t j = i + 2 * R; j < std::min(i + 3 * R, rows.count); ++j) {
-      for (index_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row_at(rows, j) + byte);
-    }
-#endif
+    for (index_t j = i + 2 * R; j < std::min(i + 3 * R, rows.count); ++j)
+      prefetch_row(row_at(rows, j), static_cast<std::size_t>(bytes));
     return;
   }
   const std::byte* from = rows.first + i * rows.stride;
   const bool brief = bytes <= 256;
-#if defined(__GNUC__)
   if (Whole || brief) {
-    for (int r = 0; r < R; ++r) {
-      for (index_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(from + 8192 + r * rows.stride + byte, 0, 2);
-    }
+    for (int r = 0; r < R; ++r) prefetch_row<2>(from + 8192 + r * rows.stride, static_cast<std::size_t>(bytes));
   }
-#endif
   if (Whole && brief) return;
   const auto touch = [](const std::byte* first, index_t size) {
     for (index_t byte = 0; byte < size; byte += 64)

@@ -12,12 +12,6 @@
 // Loops are written once, on vectors of W floats, and inlined into one function for each instruction set, whose
 // target attribute decides what the vectors become.
 #define VATTN_INLINE inline __attribute__((always_inline))
-// Sums stay in registers only if their loops are gone, at -O2 too.
-#if defined(__clang__)
-#define VATTN_UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define VATTN_UNROLL _Pragma("GCC unroll 16")
-#endif
 
 // GCC 12 unrolls these loops for counts that its callers do not pass, finds that such a count would overflow, and
 // warns.
@@ -264,5 +258,4 @@ VATTN_TARGET_AVX2 inline bool maximum_avx2(const float* x, index_t n, float& top
 #endif
 
 #undef VATTN_INLINE
-#undef VATTN_UNROLL
 #endif

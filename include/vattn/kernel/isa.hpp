@@ -26,6 +26,15 @@
       "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni,avx512bf16,avx2,fma,f16c,popcnt,bmi2")))
 #endif
 
+// Before a loop whose sums are to stay in registers: they do only if the loop is gone, at -O2 too.
+#if defined(__clang__)
+#define VATTN_UNROLL _Pragma("clang loop unroll(full)")
+#elif defined(__GNUC__)
+#define VATTN_UNROLL _Pragma("GCC unroll 16")
+#else
+#define VATTN_UNROLL
+#endif
+
 namespace vattn::kernel {
 
 /// What kernels are compiled for, each level with all that the ones before it have.

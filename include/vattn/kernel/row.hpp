@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <bit>
 #include <concepts>
+#include <cstddef>
+#include <cstdint>
 #include <span>
 
 #include "vattn/config.hpp"
@@ -30,6 +32,20 @@ using const_float_map = Eigen::Map<const Eigen::VectorXf>;
 
 [[nodiscard]] inline float bfloat16_to_float(std::uint16_t bits) noexcept {
   return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16);
+}
+
+/// Asks for the lines of a row, for the first cache or, with Locality = 2, the second.
+template <int Locality = 3>
+#if defined(__GNUC__)
+__attribute__((always_inline))  // GCC 12 drops calls of what only prefetches
+#endif
+inline void
+prefetch_row(const std::byte* row, std::size_t bytes) noexcept {
+#if defined(__GNUC__)
+  for (std::size_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, Locality);
+#else
+  static_cast<void>(row), static_cast<void>(bytes);
+#endif
 }
 
 /// out[j] = row[j]

@@ -9,7 +9,9 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
+#include "vattn/kernel/block.hpp"
 #include "vattn/kernel/isa.hpp"
 #include "vattn/sample/philox.hpp"
 
@@ -87,11 +89,14 @@ struct noise_table {
   static const noise_table table;
   return table.value.data();
 }
-[[nodiscard]] inline std::uint32_t noise_place(std::uint64_t numbers, index_t block) noexcept {
-  std::uint64_t x = numbers + static_cast<std::uint64_t>(block) * 0x9E3779B97F4A7C15u;  // splitmix64
+// The finish of splitmix64.
+[[nodiscard]] inline std::uint64_t scrambled(std::uint64_t x) noexcept {
   x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
   x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
-  return static_cast<std::uint32_t>((x ^ (x >> 31)) >> 48);
+  return x ^ (x >> 31);
+}
+[[nodiscard]] inline std::uint32_t noise_place(std::uint64_t numbers, index_t block) noexcept {
+  return static_cast<std::uint32_t>(scrambled(numbers + static_cast<std::uint64_t>(block) * 0x9E3779B97F4A7C15u) >> 48);
 }
 
 [[nodiscard]] inline std::int16_t saturate(int x) noexcept {
@@ -166,13 +171,6 @@ inline void scan_block_portable(const scan_query& q, const code_blocks& codes, i
   }
 }
 
-// Sums stay in registers only if their loops are gone, at -O2 too.
-#if defined(__clang__)
-#define VATTN_SCAN_UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define VATTN_SCAN_UNROLL _Pragma("GCC unroll 16")
-#endif
-
 #if VATTN_DISPATCH
 #define VATTN_SCAN VATTN_TARGET_AVX512_BF16
 
@@ -207,17 +205,17 @@ VATTN_SCAN_INLINE void add_groups(const std::byte* planes, const std::uint8_t* t
   static_assert(N * scan_query::largest_entry < 256);
   constexpr __mmask64 all = ~__mmask64{0};
   __m512i sum[std::size_t{H}];
-  VATTN_SCAN_UNROLL for (int i = 0; i < N; ++i) {
+  VATTN_UNROLL for (int i = 0; i < N; ++i) {
     // vpermb takes no notice of bits 6 and 7.
     const __m512i number = Spread ? spread_number(planes, first + i) : load(planes + (first + i) * scan_keys);
-    VATTN_SCAN_UNROLL for (int h = 0; h < H; ++h) {
+    VATTN_UNROLL for (int h = 0; h < H; ++h) {
       // The zero-masked form: GCC 12 takes the plain one for a use of what is not initialised.
       const __m512i entry =
           _mm512_maskz_permutexvar_epi8(all, number, load(table + static_cast<std::size_t>(h) * table_stride + i * 64));
       sum[h] = i == 0 ? entry : _mm512_add_epi8(sum[h], entry);
     }
   }
-  VATTN_SCAN_UNROLL for (int h = 0; h < H; ++h) {
+  VATTN_UNROLL for (int h = 0; h < H; ++h) {
     to.both[h] = _mm512_add_epi16(to.both[h], sum[h]);
     to.odd[h] = _mm512_add_epi16(to.odd[h], _mm512_srli_epi16(sum[h], 8));
   }
@@ -250,13 +248,13 @@ VATTN_SCAN_INLINE void scan_block_512(const scan_query& q, const threshold_vecto
   const std::byte* at = codes.first + static_cast<std::size_t>(block) * codes.stride;
   const std::byte* lanes = at + static_cast<std::size_t>(codes.planes) * scan_keys;
   // A core alone does not ask for enough lines to get what the memory can deliver.
-  for (std::size_t byte = 0; byte < codes.stride; byte += 64) __builtin_prefetch(at + 8 * codes.stride + byte, 0, 2);
+  prefetch_row<2>(at + 8 * codes.stride, codes.stride);
   std::int16_t threshold[2 * scan_heads];
   const std::int16_t* certain = threshold + scan_heads;
   vector_thresholds(v, block_radius(codes, at), threshold);
 
   key_sums<H> sums;
-  VATTN_SCAN_UNROLL for (int h = 0; h < H; ++h) sums.both[h] = sums.odd[h] = _mm512_setzero_si512();
+  VATTN_UNROLL for (int h = 0; h < H; ++h) sums.both[h] = sums.odd[h] = _mm512_setzero_si512();
   const std::size_t stride = static_cast<std::size_t>(codes.groups) * 64;
   int g = 0;
   for (; g + 8 <= codes.planes; g += 8) add_groups<H, 8, false>(at, q.tables + g * 64, stride, g, sums);
@@ -264,7 +262,7 @@ VATTN_SCAN_INLINE void scan_block_512(const scan_query& q, const threshold_vecto
   for (; g + 5 <= codes.groups; g += 5) add_groups<H, 5, true>(at, q.tables + g * 64, stride, g - codes.planes, sums);
   for (; g < codes.groups; ++g) add_groups<H, 1, true>(at, q.tables + g * 64, stride, g - codes.planes, sums);
   __m512i even[std::size_t{H}], odd[std::size_t{H}];
-  VATTN_SCAN_UNROLL for (int h = 0; h < H; ++h) {
+  VATTN_UNROLL for (int h = 0; h < H; ++h) {
     odd[h] = sums.odd[h];
     even[h] = _mm512_sub_epi16(sums.both[h], _mm512_slli_epi16(odd[h], 8));
   }
@@ -275,7 +273,7 @@ VATTN_SCAN_INLINE void scan_block_512(const scan_query& q, const threshold_vecto
   const __m512i reach_odd = _mm512_max_epi16(_mm512_mulhrs_epi16(load(lanes + 192), reach), least);
   __m512i level_even = _mm512_set1_epi16(-32768), level_odd = level_even;
   __mmask32 sure_even = 0, sure_odd = 0;
-  VATTN_SCAN_UNROLL for (int h = 0; h < H; ++h) {
+  VATTN_UNROLL for (int h = 0; h < H; ++h) {
     const __m512i bias = _mm512_set1_epi16(q.bias[static_cast<std::size_t>(h)]);
     const __m512i t = _mm512_set1_epi16(threshold[h]), c = _mm512_set1_epi16(certain[h]);
     even[h] = _mm512_mulhrs_epi16(_mm512_adds_epi16(_mm512_slli_epi16(even[h], 4), bias), alpha_even);
@@ -293,7 +291,7 @@ VATTN_SCAN_INLINE void scan_block_512(const scan_query& q, const threshold_vecto
   out.noise = noise() + noise_place(q.numbers, block);
   out.even = taken(q, level_even, out.noise);
   out.odd = taken(q, level_odd, out.noise + 32);
-  VATTN_SCAN_UNROLL for (int h = 0; h < H; ++h) {
+  VATTN_UNROLL for (int h = 0; h < H; ++h) {
     _mm512_store_si512(out.score[h], even[h]);
     _mm512_store_si512(out.score[h] + 32, odd[h]);
   }
@@ -314,7 +312,6 @@ VATTN_SCAN inline index_t scan_blocks_avx512(const scan_query& q, const code_blo
 #undef VATTN_SCAN
 #undef VATTN_SCAN_INLINE
 #endif
-#undef VATTN_SCAN_UNROLL
 
 inline index_t scan_blocks_portable(const scan_query& q, const code_blocks& codes, index_t first, index_t last,
                                     bool all, scanned_block& out) noexcept {
@@ -376,19 +373,24 @@ inline scan_pick pick_of(const scanned_block& b, const scan_query& q, const code
 
 }  // namespace detail
 
-/// Probability with which keys of these levels (whole numbers of steps) are taken: min(1, e^{level·step}) on the grid
-/// of the noise, so that weights are those of the draw; at least half a cell of it.
-template <class Levels>
-[[nodiscard]] auto inclusion(const Levels& level, std::int16_t noise_factor) noexcept {
+/// Probabilities with which keys of the n <= block_rows levels `highest`, highest − 1, … are taken (whole numbers of
+/// steps): min(1, e^{level·step}) on the grid of the noise, so that weights are those of the draw; at least half a cell
+/// of it. `out` [block_rows].
+inline void inclusion(isa how, std::int16_t noise_factor, int highest, index_t n, float* out) noexcept {
   // round(noise·f/2^15) >= −level  ⟺  noise >= (−level·2^15 − 2^14)/f, for whole noise.
   const auto f = static_cast<float>(noise_factor);
-  const auto least = ((level * -32768.0f - 16384.0f) / f).ceil().max(0.0f);
-  return (((65536 * (least * (-1.0f / 1024)).exp() + 0.5f).floor()).max(0.5f) / 65536).eval();
+  const auto whole = [](float x) { return static_cast<float>(static_cast<int>(x)); };  // unlike floor(), in vectors
+  for (int i = 0; i < static_cast<int>(n); ++i) {
+    const float x = (static_cast<float>(i - highest) * 32768.0f - 16384.0f) / f;
+    out[i] = std::max(0.0f, whole(x) + (whole(x) < x ? 1.0f : 0.0f)) * (-1.0f / 1024);
+  }
+  static_cast<void>(block_exponentials(how, out, n, 0));
+  for (index_t i = 0; i < n; ++i) out[i] = std::max(0.5f, whole(65536 * out[i] + 0.5f)) / 65536;
 }
 
 /// Scans blocks [first, last) and appends those taken to `out` (rows count from block 0; within a block the even ones
-/// come first). Returns how many
-/// are in `out`, or −1 where it is full. The same numbers of steps for every instruction set.
+/// come first). Returns how many are in `out`, or −1 where it is full. The same numbers of steps for every instruction
+/// set.
 [[nodiscard]] inline index_t scan(isa how, const scan_query& q, const code_blocks& codes, index_t first, index_t last,
                                   scan_pick* out, index_t have, index_t capacity) noexcept {
   const detail::scan_function function = detail::scan_for(how, q.heads);

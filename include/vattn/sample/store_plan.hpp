@@ -62,7 +62,10 @@ class plan_rows {
   [[nodiscard]] index_t size() const noexcept { return size_; }
   [[nodiscard]] bool full() const noexcept { return size_ == capacity; }
   void clear() noexcept { size_ = 0; }
-  void push() noexcept { ++size_; }
+  void push(float inverse_probability, float r2, float log_r, float rho) noexcept {
+    ++size_;
+    last(weight) = inverse_probability, last(reach2) = r2, last(log_reach) = log_r, last(radius) = rho;
+  }
   [[nodiscard]] float& last(index_t which) noexcept {
     return storage_[static_cast<std::size_t>(which * capacity + size_ - 1)];
   }

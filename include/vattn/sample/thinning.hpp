@@ -25,6 +25,7 @@ class thinning {
     return static_cast<std::size_t>((3 * heads + 2) * padded(capacity));
   }
 
+  thinning() = default;
   thinning(kernel::isa how, std::span<float> storage, index_t heads, index_t picks) noexcept
       : how_(how), storage_(storage), heads_(heads), n_(picks) {
     // What pads the columns is harmless in every sum.
@@ -33,7 +34,7 @@ class thinning {
   }
 
   /// [picks] 1/π₁, to be filled by the caller.
-  [[nodiscard]] float* inverse() noexcept { return column(least_); }
+  [[nodiscard]] float* inverse() const noexcept { return column(least_); }
   /// [picks] x_h R_h in any unit, to be filled by the caller before `solve`.
   [[nodiscard]] float* weight(index_t h) noexcept { return column(3 * h); }
 
@@ -104,9 +105,9 @@ class thinning {
     return std::exp(high);
   }
 
-  kernel::isa how_;
+  kernel::isa how_ = kernel::isa::portable;
   std::span<float> storage_;  // [heads][w, q, 1/w], 1/π₁, the group's 1/(a w)
-  index_t heads_, n_;
+  index_t heads_ = 0, n_ = 0;
   index_t least_ = 3 * heads_, best_ = 3 * heads_ + 1;
   float shift_ = 1;
   std::array<double, kernel::scan_heads> goals_{}, total_{};

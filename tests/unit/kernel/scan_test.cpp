@@ -142,6 +142,12 @@ naive_key naive(const random_scan& s, index_t block, int key) {
   return k;
 }
 
+double inclusion_at(int level, int factor) {
+  float p[kernel::block_rows];
+  kernel::inclusion(kernel::widest_isa(), static_cast<std::int16_t>(factor), level, 1, p);
+  return static_cast<double>(p[0]);
+}
+
 }  // namespace
 
 TEST_CASE("all instruction sets scan to the same bits, for all group sizes and head sizes", "[kernel][scan]") {
@@ -258,8 +264,7 @@ TEST_CASE("the stated probability is that of the noise, for every level", "[kern
     index_t taken = 65536;
     double worst = 0;
     for (int level = 0; level > -4000; --level) {
-      const Eigen::Array<float, 1, 1> at(static_cast<float>(level));
-      const auto stated = static_cast<double>(kernel::inclusion(at, static_cast<std::int16_t>(factor))(0));
+      const double stated = inclusion_at(level, factor);
       worst =
           std::max(worst, std::abs(stated * 65536 - static_cast<double>(taken)) - 0.0005 * static_cast<double>(taken));
       taken -= steps[static_cast<std::size_t>(-level)];
@@ -267,7 +272,7 @@ TEST_CASE("the stated probability is that of the noise, for every level", "[kern
     CAPTURE(factor);
     CHECK(worst <= 1);  // float: one number more or less at most, or half a thousandth
   }
-  CHECK(kernel::inclusion(Eigen::Array<float, 1, 1>(5.0f), 300)(0) == 1);
+  CHECK(inclusion_at(5, 300) == 1);
 }
 
 TEST_CASE("keys are taken as often as is stated, over calls", "[kernel][scan]") {
@@ -294,8 +299,7 @@ TEST_CASE("keys are taken as often as is stated, over calls", "[kernel][scan]") 
   }
   int uncertain = 0;
   for (std::size_t i = 0; i < scan_keys; ++i) {
-    const Eigen::Array<float, 1, 1> level(static_cast<float>(all.level[i]));
-    const double p = all.level[i] < s.q.cut ? 0 : static_cast<double>(kernel::inclusion(level, s.q.noise_factor)(0));
+    const double p = all.level[i] < s.q.cut ? 0 : inclusion_at(all.level[i], s.q.noise_factor);
     CAPTURE(i, p, taken[i]);
     if (p == 0 || p == 1) {
       CHECK(taken[i] == (p == 1 ? calls : 0));
