@@ -16,6 +16,15 @@
 #endif
 #endif
 
+// 1 where NEON's intrinsics are: 64-bit ARM has it always.
+#if !defined(VATTN_NEON)
+#if defined(__aarch64__) && defined(__ARM_NEON) && !defined(__AARCH64EB__) && defined(__GNUC__)
+#define VATTN_NEON 1
+#else
+#define VATTN_NEON 0
+#endif
+#endif
+
 // Kernels are functions with a target attribute of their own, so that no flag is asked of the consumer. What
 // they call must be inlined into them and carry the same attribute (lambdas do not inherit it under GCC 12).
 #if VATTN_DISPATCH
@@ -40,6 +49,7 @@ namespace vattn::kernel {
 /// What kernels are compiled for, each level with all that the ones before it have.
 enum class isa : std::uint8_t {
   portable,     ///< what every compiler makes of 16-byte vectors: SSE2, NEON
+  neon,         ///< and, for the scan of codes, NEON's table lookup
   avx2,         ///< AVX2, FMA, F16C
   avx512,       ///< AVX-512 F, BW, DQ, VL
   avx512_bf16,  ///< and VBMI, VBMI2, VNNI, BF16: Zen 4, Sapphire Rapids
@@ -47,6 +57,8 @@ enum class isa : std::uint8_t {
 
 [[nodiscard]] constexpr const char* to_string(isa i) noexcept {
   switch (i) {
+    case isa::neon:
+      return "neon";
     case isa::avx2:
       return "avx2";
     case isa::avx512:
@@ -59,7 +71,12 @@ enum class isa : std::uint8_t {
   return "portable";
 }
 
+/// Those of this architecture.
+#if VATTN_NEON
+inline constexpr isa isa_levels[] = {isa::portable, isa::neon};
+#else
 inline constexpr isa isa_levels[] = {isa::portable, isa::avx2, isa::avx512, isa::avx512_bf16};
+#endif
 
 /// The highest that this machine, and its operating system, have.
 [[nodiscard]] inline isa widest_isa() noexcept {
@@ -76,13 +93,16 @@ inline constexpr isa isa_levels[] = {isa::portable, isa::avx2, isa::avx512, isa:
                  __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("bmi2")
              ? isa::avx512_bf16
              : isa::avx512;
+#elif VATTN_NEON
+  return isa::neon;
 #else
   return isa::portable;
 #endif
 }
 
 /// What kernels use: the highest, or the level that the environment variable VATTN_ISA names if the machine has
-/// it. Read once a process. Results differ between levels by rounding, never between threads.
+/// it. Read once a process. Results differ between levels by rounding, and where one level samples a store and another
+/// reads it all (`read_costs`); never between threads.
 [[nodiscard]] inline isa active_isa() noexcept {
   static const isa chosen = [] {
     const isa widest = widest_isa();
