@@ -67,10 +67,9 @@ template <class Head>
 }
 
 /// Whether a store of n tokens, `past` of them in random order, may be sampled for less than it takes to read them all.
-/// A pilot that ends in exact attention is a twentieth of it at most, where the past is this long.
+/// A pilot that ends in exact attention is about a twentieth of it at most, where the past is this long.
 [[nodiscard]] inline bool worth_sampling(index_t n, index_t past, index_t heads) noexcept {
-  const read_costs costs(heads);
-  return past >= 32 * kernel::scan_keys && 2.5 * costs.least(past) <= costs.dense(n);
+  return past >= 32 * kernel::scan_keys && read_costs(kernel::active_isa(), heads).may_pay(past, n);
 }
 
 /// One call's work for the heads of a group:
@@ -103,7 +102,7 @@ class store_sampler {
     if (!worth_sampling(head_.size(), head_.past(), heads_)) return rest_exactly();
     // Squares of distances are to be numbers that float holds well.
     if (!(codes_.reach_unit() > 1e-12f && codes_.reach_unit() < 1e12f)) return rest_exactly();
-    const read_costs costs(heads_);
+    const read_costs costs(kernel::active_isa(), heads_);
     enter(stage::tables);
     for (index_t g = 0; g < heads_; ++g)
       std::copy_n(group_[g].row.scaled_query, head_.dk(), s_.queries.data() + g * head_.dk());

@@ -9,6 +9,7 @@
 #include <random>
 #include <sstream>
 #include <string>
+#include <vattn/kernel/isa.hpp>
 #include <vector>
 
 #include "support/catch.hpp"
@@ -20,6 +21,7 @@ namespace {
 namespace fs = std::filesystem;
 using namespace vattn::test;
 using vattn::index_t;
+namespace kernel = vattn::kernel;
 
 outcome attend(const std::string& arguments) { return run_program(VATTN_ATTEND_PROGRAM, arguments); }
 void check_refused(const std::string& arguments, const std::string& words) {
@@ -220,6 +222,15 @@ TEST_CASE("attend from a store, which is worth its codes for long caches alone",
   CHECK(summary.at("density").get<double>() < 0.5);
   CHECK(summary.at("error_mean").get<double>() > 1e-6);
   CHECK(summary.at("error_mean").get<double>() < 0.2);
+  for (const kernel::isa level : kernel::isa_levels) {  // the same sample with every instruction set, up to rounding
+    if (level > kernel::widest_isa()) continue;
+    setenv("VATTN_ISA", to_string(level), 1);
+    const auto same = run(f, "");
+    unsetenv("VATTN_ISA");
+    CAPTURE(to_string(level), same.dump());
+    for (const char* number : {"density", "error_mean"})
+      CHECK_THAT(same.at(number).get<double>(), WithinRel(summary.at(number).get<double>(), 0.01));
+  }
   check_refused(f.inputs + "--method store --sliding-window 50", "a store is attended whole");
   check_refused(f.inputs + "--method store --target sdpa", "--method store goes with --target output");
   check_refused(f.inputs + "--method store --bound bernstein", "--method store goes with --target output");

@@ -5,14 +5,13 @@
 #include "stat/binomial.hpp"
 #include "stat/cells.hpp"
 #include "support/catch.hpp"
+#include "support/long_enough.hpp"
 
 namespace {
 
 using namespace vattn;
 using namespace vattn::stat;
-
-// A past that is long enough for a sample to be tried, for a group of heads: read_costs::least.
-constexpr index_t long_enough(index_t group) { return 6144 + 4608 * group; }
+using test::long_enough;
 
 // A KV head of one of the regimes with its group of queries, what they attend to exactly, and stores of it.
 class stored_problem {

@@ -28,22 +28,47 @@ struct store_choice {
   double cost = 0;                                          ///< predicted, ns
 };
 
-/// Nanoseconds on one core, D = 128, bfloat16, with K, V and codes in memory rather than in a cache, all that is done
-/// to verify included (docs/performance.md); what counts are their ratios.
-struct read_costs {
-  explicit read_costs(index_t heads) noexcept : heads_(static_cast<double>(heads)) {}
+/// Costs on one core, D = 128, bfloat16, with K, V and codes in memory rather than in a cache, all that is done to
+/// verify included (docs/performance.md): nanoseconds with AVX-512 and BF16. What counts are their ratios. At other
+/// levels the unit is 1/25 of a dense row of four heads there, and the scan alone costs another number of them: so a
+/// sample's sizes do not depend on the level.
+class read_costs {
+ public:
+  read_costs(kernel::isa how, index_t heads) noexcept : heads_(static_cast<double>(heads)), scan_(scan_costs(how)) {}
   [[nodiscard]] double dense(index_t n) const noexcept { return 25.0 * static_cast<double>(n); }
-  [[nodiscard]] double scan(index_t n) const noexcept { return (0.5 + 0.25 * heads_) * static_cast<double>(n); }
+  [[nodiscard]] double scan(index_t n) const noexcept {
+    return (scan_.key + scan_.head * heads_) * static_cast<double>(n);
+  }
   [[nodiscard]] double pick() const noexcept { return 150 + 25 * heads_; }
   [[nodiscard]] double slice() const noexcept { return 40 + 15 * heads_; }
   [[nodiscard]] double once() const noexcept { return 50000; }  ///< tables, plan, judgement
-  /// A pilot, a scan, and a verified sample of the smallest size.
-  [[nodiscard]] double least(index_t n) const noexcept {
-    return scan(n + n / 8) + 512 * slice() + 48 * heads_ * pick() + once();
+  /// Whether sampling n rows may cost less than reading `all`. A scan, the pilot's and now and then one again cost what
+  /// they cost; the rest is for the smallest sample, and must leave room.
+  [[nodiscard]] bool may_pay(index_t n, index_t all) const noexcept {
+    return 1.3 * scan(n) + 2.9 * (512 * slice() + 48 * heads_ * pick() + once()) <= dense(all);
   }
 
  private:
+  struct scan_cost {
+    double key, head;  // and a head
+  };
+  [[nodiscard]] static scan_cost scan_costs(kernel::isa how) noexcept {
+    switch (how) {
+      case kernel::isa::avx512_bf16:
+        return {0.5, 0.25};
+      case kernel::isa::avx512:
+        return {0.7, 0.7};
+      case kernel::isa::avx2:
+      case kernel::isa::neon:  // not measured
+        return {0.4, 0.4};
+      case kernel::isa::portable:
+        break;
+    }
+    return {2.3, 1.5};
+  }
+
   double heads_;
+  scan_cost scan_;
 };
 
 /// The pilot's rows, for the heads of a group; a structure of arrays over the caller's memory.

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "support/catch.hpp"
+#include "support/long_enough.hpp"
 #include "support/problem.hpp"
 #include "support/regimes.hpp"
 
@@ -18,9 +19,6 @@ config settings(double epsilon = 0.1, error_scale scale = error_scale::output) {
   c.epsilon = epsilon, c.scale = scale;
   return c;
 }
-
-// A past that is long enough for a sample to be tried, for a group of heads: read_costs::least.
-constexpr index_t long_enough(index_t group) { return 6144 + 4608 * group; }
 
 // A cache of one of the regimes, one for each KV head, in a problem.
 template <class T = float>
@@ -479,7 +477,7 @@ TEST_CASE("settings are refused, and those that cap a sample lead to exact atten
   workspace memory;
   CHECK(contains(vattention<store_policy>(c)(p.query(), store, p.options, r.view(), memory).message(), "epsilon"));
   c = settings();
-  c.max_density = 0.01;
+  c.max_density = 0.002;
   CHECK(exact_count(attend(p, store, c)) == 2);
   c = settings(0.001);
   CHECK(exact_count(attend(p, store, c)) == 2);  // all rows cost less than such a sample
