@@ -166,6 +166,40 @@ BENCHMARK(sample_size<budget::clt>)->ArgName("vector")->Arg(0)->Arg(1);
 BENCHMARK(sample_size<budget::hoeffding>)->ArgName("vector")->Arg(0)->Arg(1);
 BENCHMARK(sample_size<budget::bernstein>)->ArgName("vector")->Arg(0)->Arg(1);
 
+// ---- The scan of key codes ----------------------------------------------------------------------
+
+/// Codes of random keys for a group of heads, whose thresholds take none: from a cache, or a million from memory.
+void code_scan(benchmark::State& state, kernel::isa how) {
+  static const sketch::block_codes codes = [] {
+    sketch::block_codes all(head_size, 1);
+    std::mt19937_64 random(1);
+    std::normal_distribution<float> normal;
+    std::vector<float> key(head_size);
+    for (int i = 0; i < 1 << 20; ++i) {
+      for (float& x : key) x = normal(random);
+      if (!all.append(key, 1)) break;
+    }
+    return all;
+  }();
+  const index_t heads = state.range(0), keys = state.range(1);
+  if (codes.size() < keys) return state.SkipWithError("no memory");
+  std::vector<float> queries(static_cast<std::size_t>(heads * head_size), 0.1f);
+  sketch::query_tables tables;
+  std::vector<std::uint8_t> entries(static_cast<std::size_t>(heads * codes.groups() * 64));
+  std::vector<float> spare(sketch::query_tables::scratch_size(codes, heads));
+  if (!tables.make(codes, queries.data(), heads, head_size, entries, spare)) return state.SkipWithError("tables");
+  tables.query.plain.fill(32000);
+  tables.query.floor.fill(32000);
+  std::vector<kernel::scan_pick> picks(kernel::scan_keys);
+  for (auto _ : state) {
+    const index_t have =
+        kernel::scan(how, tables.query, codes.view(), 0, keys / kernel::scan_keys, picks.data(), 0, kernel::scan_keys);
+    if (have != 0) return state.SkipWithError("a key was taken");
+  }
+  state.counters["per_key"] = benchmark::Counter(static_cast<double>(state.iterations() * keys),
+                                                 benchmark::Counter::kIsRate | benchmark::Counter::kInvert);
+}
+
 // ---- Dense --------------------------------------------------------------------------------------
 
 template <class T>
@@ -359,6 +393,14 @@ int main(int argc, char** argv) {
   add_functor<default_policy, Eigen::half>("output/f16", "gauss2", {});
   add_functor<default_policy, Eigen::bfloat16>("output/bf16", "gauss2", {});
   add_functor<bernstein_policy, float>("output+bernstein/f32", "gauss2", {});
+  for (const kernel::isa how : kernel::isa_levels) {
+    if (how > kernel::widest_isa()) continue;
+    benchmark::RegisterBenchmark((std::string("code_scan/") + to_string(how)).c_str(),
+                                 [how](benchmark::State& state) { code_scan(state, how); })
+        ->ArgNames({"heads", "keys"})
+        ->ArgsProduct({{1, 2, 4, 8}, {4096, 1 << 20}})
+        ->Unit(benchmark::kMicrosecond);
+  }
   benchmark::AddCustomContext("vattn_build_type", VATTN_BUILD_TYPE);
   benchmark::Initialize(&argc, argv);
   if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;
