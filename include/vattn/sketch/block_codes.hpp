@@ -1,6 +1,7 @@
 // Key codes in the order in which a scan reads them: blocks of 64 keys, 6 bits a group, one byte plane after another.
 #pragma once
 
+#include <Eigen/Core>
 #include <algorithm>
 #include <array>
 #include <bit>
@@ -8,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <span>
 #include <vector>
 
@@ -48,7 +50,8 @@ class block_codes {
         groups_(coded_ * bits_ / 6),
         planes_((groups_ * 3 + 3) / 4),
         mean_(rotation_.width()),
-        buffer_(rotation_.width()) {
+        buffer_(rotation_.width()),
+        levels_(static_cast<std::size_t>(coded_)) {
     while (planes_ + planes_ / 3 < groups_) ++planes_;
   }
 
@@ -91,6 +94,7 @@ class block_codes {
     if (size_ % kernel::scan_keys == 0) {
       static_cast<void>(blocks_.resize(blocks_.size() - block_bytes()));
     } else {
+      lanes(block(size_), 2)[lane(static_cast<std::size_t>(size_ % kernel::scan_keys))] = 0;
       refresh(size_ / kernel::scan_keys);
     }
   }
@@ -178,13 +182,13 @@ class block_codes {
                                                  array * 2 * kernel::scan_keys);
   }
 
+  // Lanes without a key hold 0, and bfloat16 numbers from 0 to +inf are in the order of their bits.
   void refresh(index_t b) noexcept {
-    float most = 0;
-    const std::size_t count = std::min<std::size_t>(kernel::scan_keys, static_cast<std::size_t>(size_ - b * 64));
     std::byte* at = first() + static_cast<std::size_t>(b) * block_bytes();
-    for (std::size_t i = 0; i < count; ++i)
-      most = std::max(most, kernel::bfloat16_to_float(static_cast<std::uint16_t>(lanes(at, 2)[lane(i)])));
-    std::memcpy(at + largest_at(), &most, sizeof most);
+    const std::int16_t* radii = lanes(at, 2);
+    const std::int16_t most = *std::max_element(radii, radii + kernel::scan_keys);
+    const float largest = kernel::bfloat16_to_float(static_cast<std::uint16_t>(most));
+    std::memcpy(at + largest_at(), &largest, sizeof largest);
   }
 
   void encode(std::span<const float> key, float distance, index_t row) noexcept {
@@ -205,20 +209,18 @@ class block_codes {
       // Half steps of optimal uniform quantisers of a normal variable, in standard deviations (Max 1960).
       const float half = bits_ == 1 ? 1.0f : bits_ == 2 ? 0.4979f : 0.2930f;
       const int levels = 1 << bits_, per = 6 / bits_;
-      const float inverse = square > 0 ? std::sqrt(static_cast<float>(width()) / square) / (2 * half) : 0;
-      const float edge = 0.5f * static_cast<float>(levels);
-      float along = 0, norm2 = 0;
+      // Finite where the square is tiny, so that 0 times it is a number.
+      const float inverse = std::min(square > 0 ? std::sqrt(static_cast<float>(width()) / square) / (2 * half) : 0.0f,
+                                     std::numeric_limits<float>::max());
+      const Eigen::Map<const Eigen::ArrayXf> y(buffer_.data(), coded_);
+      Eigen::Map<Eigen::ArrayXi> up(levels_.data(), coded_);
+      const auto edge = 0.5f * static_cast<float>(levels);
+      up = (y * inverse + edge).max(0.0f).min(2 * edge - 1).cast<int>();
+      const auto c = up.cast<float>() * 2.0f - (2 * edge - 1);
+      const float along = (c * y).sum(), norm2 = c.square().sum();
       for (int g = 0; g < groups_; ++g) {
         unsigned number = 0;
-        for (int j = 0; j < per; ++j) {
-          const float y = buffer_.data()[g * per + j];
-          // `inverse` of a tiny square is ∞: what is not a number (0·∞) becomes the lowest level in this order.
-          const int up = static_cast<int>(std::min(std::max(0.0f, std::floor(y * inverse) + edge), 2 * edge - 1));
-          const auto c = static_cast<float>(2 * up - levels + 1);
-          along += c * y;
-          norm2 += c * c;
-          number |= static_cast<unsigned>(up) << (j * bits_);
-        }
+        for (int j = 0; j < per; ++j) number |= static_cast<unsigned>(up[g * per + j]) << (j * bits_);
         put(to, k, g, number);
       }
       // Where hardly anything of y lies in the coded coordinates, unbiasedness would cost a huge error.
@@ -261,6 +263,7 @@ class block_codes {
   index_t size_ = 0;
   float alpha_unit_ = 0, reach_unit_ = 1;
   std::vector<float> mean_, buffer_;  // [width()]
+  std::vector<int> levels_;           // [coded_], of the key at hand
   page_buffer blocks_;
 };
 
