@@ -10,6 +10,7 @@
 #include "vattn/kv/vllm.hpp"
 #include "vattn/kv/ggml.hpp"
 #include "vattn/kv/gemma_cpp.hpp"
+#include "vattn/kv/interleaved_store.hpp"  // and one of our own, to gather from
 #include "vattn/options.hpp"            // scale, masks, windows, sinks
 #include "vattn/select/selector.hpp"    // what is read exactly
 #include "vattn/select/index.hpp"       // what is known of keys without reading them

@@ -4,12 +4,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <limits>
 #include <span>
 #include <vector>
 
-#include "vattn/kv/view.hpp"
-#include "vattn/runtime/pages.hpp"
+#include "vattn/kv/owned_rows.hpp"
 #include "vattn/sample/philox.hpp"
 #include "vattn/sketch/block_codes.hpp"
 
@@ -82,6 +80,8 @@ class shuffled_store {
   shuffled_store() = default;
   explicit shuffled_store(const store_shape& shape) : shape_(shape) {
     if (!valid_shape()) return;
+    k_ = {shape.n_kv_heads, shape.dk};
+    v_ = {shape.n_kv_heads, shape.dv};
     for (index_t h = 0; h < shape.n_kv_heads; ++h)
       codes_.emplace_back(shape.dk, shape.seed + static_cast<std::uint64_t>(h));
     centres_.resize(static_cast<std::size_t>(shape.n_kv_heads * shape.dv));
@@ -133,24 +133,12 @@ class shuffled_store {
   [[nodiscard]] status reserve(index_t n) noexcept {
     if (status s = validate(); !s) return s;
     if (n <= capacity_) return {};
-    const index_t row = shape_.n_kv_heads * std::max(shape_.dk, shape_.dv) * static_cast<index_t>(sizeof(T));
-    if (n >> 31 != 0 || n > std::numeric_limits<index_t>::max() / 2 / row) {
-      return status::error(errc::invalid_argument, "a store of %lld tokens: give it less than 2^31 tokens a sequence",
-                           static_cast<long long>(n));
-    }
-    page_buffer k, v;
-    if (!reserve_positions(n)) return no_room(n);
-    const auto heads = static_cast<std::size_t>(shape_.n_kv_heads), rows = static_cast<std::size_t>(n);
-    const std::size_t wide_k = static_cast<std::size_t>(shape_.dk) * sizeof(T);
-    const std::size_t wide_v = static_cast<std::size_t>(shape_.dv) * sizeof(T);
-    bool ok = k.reserve(heads * rows * wide_k) && v.reserve(heads * rows * wide_v);
+    const index_t wider = std::max(shape_.dk, shape_.dv) * static_cast<index_t>(sizeof(T));
+    if (status s = detail::check_capacity(n, shape_.n_kv_heads * wider); !s) return s;
+    bool ok = reserve_positions(n) && k_.reserve(n, n_) && v_.reserve(n, n_);
     for (auto& c : codes_) ok = ok && c.reserve(n);
-    if (!ok) return no_room(n);
-    for (std::size_t h = 0; n_ > 0 && h < heads; ++h) {
-      std::memcpy(k.data() + h * rows * wide_k, keys(static_cast<index_t>(h)), static_cast<std::size_t>(n_) * wide_k);
-      std::memcpy(v.data() + h * rows * wide_v, values(static_cast<index_t>(h)), static_cast<std::size_t>(n_) * wide_v);
-    }
-    k_ = std::move(k), v_ = std::move(v), capacity_ = n;
+    if (!ok) return detail::no_room(n, shape_.n_kv_heads);
+    capacity_ = n;
     return {};
   }
 
@@ -159,7 +147,7 @@ class shuffled_store {
   /// The same with strides from head to head, in elements.
   [[nodiscard]] status append(const T* k, index_t k_stride, const T* v, index_t v_stride) noexcept {
     if (n_ == capacity_) {
-      if (status s = reserve(std::max<index_t>(256, capacity_ + capacity_ / 2)); !s) return s;
+      if (status s = reserve(detail::grown(capacity_)); !s) return s;
     }
     for (index_t h = 0; h < shape_.n_kv_heads; ++h) {
       std::memcpy(keys(h) + n_ * shape_.dk, k + h * k_stride, static_cast<std::size_t>(shape_.dk) * sizeof(T));
@@ -174,19 +162,7 @@ class shuffled_store {
   /// means are taken over all of them. Any kv_cache of the same heads and sizes.
   template <kv_cache KV>
   [[nodiscard]] status assign(const KV& cache, index_t b = 0) noexcept {
-    if (status s = cache.validate(); !s) return s;
-    if (cache.n_kv_heads() != shape_.n_kv_heads || cache.dk() != shape_.dk || cache.dv() != shape_.dv) {
-      return status::error(errc::invalid_argument,
-                           "the cache has %lld heads of sizes %lld and %lld, the store %lld, "
-                           "%lld and %lld: make the store for this cache",
-                           static_cast<long long>(cache.n_kv_heads()), static_cast<long long>(cache.dk()),
-                           static_cast<long long>(cache.dv()), static_cast<long long>(shape_.n_kv_heads),
-                           static_cast<long long>(shape_.dk), static_cast<long long>(shape_.dv));
-    }
-    if (b < 0 || b >= cache.n_batch()) {
-      return status::error(errc::invalid_argument, "sequence %lld of a cache of %lld: give one that it has",
-                           static_cast<long long>(b), static_cast<long long>(cache.n_batch()));
-    }
+    if (status s = detail::check_copy(cache, b, shape_.n_kv_heads, shape_.dk, shape_.dv); !s) return s;
     clear();
     const index_t n = cache.head(b, 0).size();
     if (status s = reserve(n + n / 8 + 1024); !s) return s;
@@ -201,8 +177,8 @@ class shuffled_store {
     for (index_t h = 0; h < shape_.n_kv_heads; ++h) {
       const auto head = cache.head(b, h);
       for (index_t row = 0; row < n; ++row) {
-        copy(head.key(position(row)), keys(h) + row * shape_.dk, shape_.dk);
-        copy(head.value(position(row)), values(h) + row * shape_.dv, shape_.dv);
+        detail::copy_row(head.key(position(row)), k_.row(h, row), shape_.dk, scratch_);
+        detail::copy_row(head.value(position(row)), v_.row(h, row), shape_.dv, scratch_);
       }
       if (status s = encode(h); !s) return s;
     }
@@ -235,14 +211,10 @@ class shuffled_store {
   [[nodiscard]] bool valid_shape() const noexcept {
     return shape_.n_kv_heads >= 1 && shape_.dk >= 1 && shape_.dv >= 1 && shape_.sinks >= 0 && shape_.window >= 0;
   }
-  [[nodiscard]] T* keys(index_t h) noexcept { return reinterpret_cast<T*>(k_.data()) + h * capacity_ * shape_.dk; }
-  [[nodiscard]] T* values(index_t h) noexcept { return reinterpret_cast<T*>(v_.data()) + h * capacity_ * shape_.dv; }
-  [[nodiscard]] const T* keys(index_t h) const noexcept {
-    return reinterpret_cast<const T*>(k_.data()) + h * capacity_ * shape_.dk;
-  }
-  [[nodiscard]] const T* values(index_t h) const noexcept {
-    return reinterpret_cast<const T*>(v_.data()) + h * capacity_ * shape_.dv;
-  }
+  [[nodiscard]] T* keys(index_t h) noexcept { return k_.row(h, 0); }
+  [[nodiscard]] T* values(index_t h) noexcept { return v_.row(h, 0); }
+  [[nodiscard]] const T* keys(index_t h) const noexcept { return k_.row(h, 0); }
+  [[nodiscard]] const T* values(index_t h) const noexcept { return v_.row(h, 0); }
 
   // Where the i-th token of the past goes when it comes: uniform on [0, i].
   [[nodiscard]] index_t place(index_t i) const noexcept {
@@ -259,18 +231,6 @@ class shuffled_store {
       std::swap_ranges(k + a * shape_.dk, k + (a + 1) * shape_.dk, k + b * shape_.dk);
       std::swap_ranges(v + a * shape_.dv, v + (a + 1) * shape_.dv, v + b * shape_.dv);
       codes_[static_cast<std::size_t>(h)].swap(a, b);
-    }
-  }
-
-  template <kernel::row R>
-  void copy(const R& from, T* to, index_t width) noexcept {
-    if constexpr (std::is_convertible_v<R, std::span<const T>>) {
-      const std::span<const T> same = from;
-      std::memcpy(to, same.data(), static_cast<std::size_t>(width) * sizeof(T));
-    } else {
-      using kernel::load;
-      load(from, scratch_.data());
-      for (index_t j = 0; j < width; ++j) to[j] = static_cast<T>(scratch_[static_cast<std::size_t>(j)]);
     }
   }
 
@@ -341,11 +301,6 @@ class shuffled_store {
     return true;
   }
 
-  [[nodiscard]] status no_room(index_t n) const noexcept {
-    return status::error(errc::out_of_memory, "no memory for a store of %lld tokens of %lld heads",
-                         static_cast<long long>(n), static_cast<long long>(shape_.n_kv_heads));
-  }
-
   [[nodiscard]] static status no_memory() noexcept {
     return status::error(errc::out_of_memory,
                          "no memory for the codes of another token: the store is incomplete, "
@@ -356,7 +311,7 @@ class shuffled_store {
 
   store_shape shape_{};
   index_t n_ = 0, past_ = 0, capacity_ = 0;
-  page_buffer k_, v_;                       // [n_kv_heads, capacity, dk], [n_kv_heads, capacity, dv]
+  detail::owned_rows<T> k_, v_;             // [n_kv_heads, capacity, dk], [n_kv_heads, capacity, dv]
   std::vector<ordinal> positions_;          // [past]
   std::vector<sketch::block_codes> codes_;  // [n_kv_heads], of the past
   std::vector<float> centres_;              // [n_kv_heads, dv]

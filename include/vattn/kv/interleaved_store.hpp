@@ -1,0 +1,119 @@
+// An owning KV cache whose rows are key and value in one: what selectors gather from.
+#pragma once
+
+#include <cstring>
+#include <vector>
+
+#include "vattn/kv/owned_rows.hpp"
+
+namespace vattn {
+
+struct interleaved_shape {
+  index_t n_kv_heads = 1;
+  index_t dk = 0, dv = 0;
+};
+
+/// KV cache of one sequence in one layer, tokens in their order, rows [K | V] of dk + dv elements: a token that a
+/// selector picks costs one access to memory, not two. When to use: indices and importance sampling, which read picked
+/// rows alone. When not: exact attention and selectors that read all keys (contiguous K and V are read faster), and
+/// uniform samples (shuffled_store). A kv_cache of batch 1, for every call that takes one; head() is a strided view.
+///
+/// Memory: n·(dk + dv) elements a head. `append` copies one row a head; it allocates when the capacity grows, by half
+/// each time (reserve() to avoid that), which moves pages instead of rows where the system can (page_buffer); rows have
+/// other addresses then. Errors are statuses; after one nothing has changed. Not for concurrent appends; reading from
+/// many threads is fine. Indices are brought up to it by `append_from(index, store.head(0, h))` (select/index.hpp).
+template <kernel::element T>
+class interleaved_store {
+ public:
+  using key_type = T;
+  using value_type = T;
+
+  interleaved_store() = default;
+  explicit interleaved_store(const interleaved_shape& shape) : shape_(shape) {
+    if (!validate()) return;
+    rows_ = {shape.n_kv_heads, shape.dk + shape.dv};
+    scratch_.resize(static_cast<std::size_t>(std::max(shape.dk, shape.dv)));
+  }
+
+  [[nodiscard]] const interleaved_shape& shape() const noexcept { return shape_; }
+  [[nodiscard]] index_t size() const noexcept { return n_; }
+  [[nodiscard]] index_t capacity() const noexcept { return capacity_; }
+  [[nodiscard]] index_t n_batch() const noexcept { return 1; }
+  [[nodiscard]] index_t n_kv_heads() const noexcept { return shape_.n_kv_heads; }
+  [[nodiscard]] index_t dk() const noexcept { return shape_.dk; }
+  [[nodiscard]] index_t dv() const noexcept { return shape_.dv; }
+  /// Valid until the capacity grows.
+  [[nodiscard]] kv_head_view<T, T, dynamic, dynamic> head(index_t, index_t h) const noexcept {
+    const auto* first = reinterpret_cast<const std::byte*>(rows_.row(h, 0));
+    const auto size = static_cast<index_t>(sizeof(T)), stride = (shape_.dk + shape_.dv) * size;
+    return {first, first + shape_.dk * size, {}, stride, stride, n_, shape_.dk, shape_.dv};
+  }
+  [[nodiscard]] status validate() const noexcept {
+    constexpr index_t most = index_t{1} << 40;  // products of them and of 2^31 tokens are checked by reserve()
+    const auto in_range = [](index_t x) { return x >= 1 && x <= most; };
+    if (in_range(shape_.n_kv_heads) && in_range(shape_.dk) && in_range(shape_.dv)) return {};
+    return status::error(errc::invalid_argument,
+                         "the store has %lld KV heads of sizes %lld and %lld: give heads and sizes of at least 1",
+                         static_cast<long long>(shape_.n_kv_heads), static_cast<long long>(shape_.dk),
+                         static_cast<long long>(shape_.dv));
+  }
+
+  /// Room for n tokens.
+  [[nodiscard]] status reserve(index_t n) noexcept {
+    if (status s = validate(); !s) return s;
+    if (n <= capacity_) return {};
+    const index_t row = (shape_.dk + shape_.dv) * static_cast<index_t>(sizeof(T));
+    if (status s = detail::check_capacity(n, shape_.n_kv_heads * row); !s) return s;
+    if (!rows_.reserve(n, n_)) return detail::no_room(n, shape_.n_kv_heads);
+    capacity_ = n;
+    return {};
+  }
+
+  /// Adds one token: k [n_kv_heads, dk], v [n_kv_heads, dv], dense.
+  [[nodiscard]] status append(const T* k, const T* v) noexcept { return append(k, shape_.dk, v, shape_.dv); }
+  /// The same with strides from head to head, in elements.
+  [[nodiscard]] status append(const T* k, index_t k_stride, const T* v, index_t v_stride) noexcept {
+    if (n_ == capacity_) {
+      if (status s = reserve(detail::grown(capacity_)); !s) return s;
+    }
+    for (index_t h = 0; h < shape_.n_kv_heads; ++h) {
+      T* to = rows_.row(h, n_);
+      std::memcpy(to, k + h * k_stride, static_cast<std::size_t>(shape_.dk) * sizeof(T));
+      std::memcpy(to + shape_.dk, v + h * v_stride, static_cast<std::size_t>(shape_.dv) * sizeof(T));
+    }
+    ++n_;
+    return {};
+  }
+
+  /// Replaces everything by the n tokens of a cache (a prefill's), batch `b`: any kv_cache of the same heads and sizes,
+  /// but for a view of this store.
+  template <kv_cache KV>
+  [[nodiscard]] status assign(const KV& cache, index_t b = 0) noexcept {
+    if (status s = validate(); !s) return s;
+    if (status s = detail::check_copy(cache, b, shape_.n_kv_heads, shape_.dk, shape_.dv); !s) return s;
+    const index_t n = cache.head(b, 0).size();
+    if (status s = reserve(n); !s) return s;
+    for (index_t h = 0; h < shape_.n_kv_heads; ++h) {
+      const auto from = cache.head(b, h);
+      for (index_t i = 0; i < n; ++i) {
+        T* to = rows_.row(h, i);
+        detail::copy_row(from.key(i), to, shape_.dk, scratch_);
+        detail::copy_row(from.value(i), to + shape_.dk, shape_.dv, scratch_);
+      }
+    }
+    n_ = n;
+    return {};
+  }
+
+  /// Forgets the tokens from n on; the capacity stays.
+  void truncate(index_t n) noexcept { n_ = std::clamp<index_t>(n, 0, n_); }
+  void clear() noexcept { n_ = 0; }
+
+ private:
+  interleaved_shape shape_{};
+  index_t n_ = 0, capacity_ = 0;
+  detail::owned_rows<T> rows_;  // [n_kv_heads, capacity, dk + dv]
+  std::vector<float> scratch_;
+};
+
+}  // namespace vattn
