@@ -33,6 +33,7 @@ struct row {
   std::string mode, regime, heads, dtype;
   index_t n = 0, dim = 0, threads = 0;
   double ms = 0, ms_min = 0, gbps = 0, read_share = 0, speedup = 0, density = 0, error_p90 = 0;
+  double share_of_store = 0, sketch_share = 0;
   index_t failures = 0, draws = 0;
   bool verifies = false, attends = false;
   std::vector<double> stages;  // ms of a step, all threads together
@@ -88,8 +89,8 @@ void measure(const settings& o, const cache_shape& shape, const std::string& hea
     }
     auto modes = make_modes<T>();
     std::erase_if(modes, [&](const auto& m) {
-      return !o.modes.empty() && m->name() != "read" && m->name() != "dense" &&
-             std::find(o.modes.begin(), o.modes.end(), m->name()) == o.modes.end();
+      if (m->name() == "read" || m->name() == "dense") return false;
+      return o.modes.empty() ? !m->by_default() : std::find(o.modes.begin(), o.modes.end(), m->name()) == o.modes.end();
     });
     for (auto& m : modes) m->prepare(step);
     struct samples {
@@ -111,14 +112,14 @@ void measure(const settings& o, const cache_shape& shape, const std::string& hea
           static_cast<void>(modes[i]->take_stages(1));
           continue;
         }
-        taken[i].ms.push_back(ms);
+        taken[i].ms.push_back(ms / static_cast<double>(modes[i]->parts()));
         if (!modes[i]->attends()) continue;
         add_errors(output, truth, shape.dim, taken[i].errors);
         for (const certificate& c : certificates)
           taken[i].density += c.density() / static_cast<double>(o.repeats) / static_cast<double>(shape.heads);
       }
     }
-    double read = 0, dense = 0;
+    double read = 0, dense = 0, store = 0;
     for (std::size_t i = 0; i < modes.size(); ++i) {
       roofline_mode<T>& m = *modes[i];
       row r;
@@ -127,6 +128,9 @@ void measure(const settings& o, const cache_shape& shape, const std::string& hea
       r.ms = quantile(taken[i].ms, 0.5), r.ms_min = quantile(taken[i].ms, 0);
       if (m.name() == "read") read = r.ms;
       if (m.name() == "dense") dense = r.ms;
+      if (m.name() == "store") store = r.ms;
+      if (m.name().starts_with("append") && store > 0) r.share_of_store = r.ms / store;
+      r.sketch_share = m.sketch_share();
       r.gbps = m.bytes() / r.ms / 1e6;
       r.read_share = m.bytes() / static_cast<double>(cache.bytes()) * read / r.ms;
       r.speedup = dense > 0 ? dense / r.ms : 0;
@@ -159,11 +163,15 @@ nlohmann::ordered_json to_json(const row& r, const settings& o) {
                            {"density", r.density},
                            {"error_p90", r.error_p90},
                            {"failures", r.failures},
-                           {"draws", r.draws}};
+                           {"draws", r.draws},
+                           {"share_of_store", r.share_of_store},
+                           {"sketch_share", r.sketch_share}};
   // What a mode does not know is null, not 0.
   if (r.gbps == 0) j["gbps"] = j["read_share"] = nullptr;
   if (!r.attends) j["speedup_over_dense"] = j["density"] = j["error_p90"] = nullptr;
   if (!r.verifies) j["failures"] = nullptr;
+  if (r.share_of_store == 0) j["share_of_store"] = nullptr;
+  if (r.sketch_share == 0) j["sketch_share"] = nullptr;
   if (r.verifies) j["epsilon"] = o.epsilon, j["delta"] = o.delta;
   for (std::size_t i = 0; i < r.stages.size(); ++i) j["stages_ms"][stage_names[i]] = r.stages[i];
   return j;
@@ -213,7 +221,7 @@ void run(const settings& o) {
   }
   if (csv) {
     csv->stream() << "mode,regime,n,heads,dim,dtype,threads,ms,ms_min,gbps,read_share,speedup_over_dense,density,"
-                     "error_p90,failures,draws";
+                     "error_p90,failures,draws,share_of_store,sketch_share";
     for (const char* name : stage_names) csv->stream() << ',' << name << "_ms";
     csv->stream() << '\n';
     for (const row& r : table) {
@@ -253,7 +261,10 @@ int main(int argc, char** argv) {
   list(app.add_option("--threads", o.threads, "Threads"))->check(CLI::Range(1, 256));
   list(app.add_option("--regime", o.regimes, "Regimes of the logits"))
       ->check(CLI::IsMember(synthetic::standard_regimes()));
-  list(app.add_option("--modes", o.modes, "Modes besides read and dense; default all"));
+  list(app.add_option("--modes", o.modes,
+                      "Modes besides read and dense: random_rows, random_pairs, uniform, store, append, append_many, "
+                      "codes, codes_pairs, "
+                      "none; default random_rows, uniform, store"));
   app.add_option("--epsilon", o.epsilon, "Error to promise")->check(CLI::Range(1e-6, 1.0))->capture_default_str();
   app.add_option("--delta", o.delta, "Share of outputs that may exceed it")
       ->check(CLI::Range(1e-9, 0.999))

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <chrono>
 #include <memory>
 #include <mutex>
@@ -9,6 +10,7 @@
 #include <vector>
 
 #include "roofline_cache.hpp"
+#include "vattn/kernel/row.hpp"
 #include "vattn/runtime/thread_pool.hpp"
 
 namespace vattn::bench {
@@ -43,6 +45,8 @@ class roofline_mode {
   virtual void prepare(const roofline_step<T>&) {}
   /// One step, timed. `number` counts steps: a seed.
   virtual status run(const roofline_step<T>&, std::uint32_t number) = 0;
+  /// Tokens that a run appends, of which times are of one; else 1.
+  [[nodiscard]] virtual index_t parts() const { return 1; }
   /// Bytes that a step reads; 0 if unknown.
   [[nodiscard]] virtual double bytes() const { return 0; }
   /// Milliseconds of a step in each of `stage_names` since the last call, which was `steps` ago, all threads together;
@@ -51,6 +55,10 @@ class roofline_mode {
   /// Whether outputs are attention's, to be compared with the truth, and whether ε is promised.
   [[nodiscard]] virtual bool attends() const { return true; }
   [[nodiscard]] virtual bool verifies() const { return false; }
+  /// Whether it runs without being asked for: what copies the cache once more does not.
+  [[nodiscard]] virtual bool by_default() const { return true; }
+  /// Bytes kept beside the rows over those of the rows; 0 if none.
+  [[nodiscard]] virtual double sketch_share() const { return 0; }
 
  private:
   std::string name_;
@@ -95,15 +103,36 @@ class read_mode : public roofline_mode<T> {
   std::atomic<std::uint64_t> sink_{0};
 };
 
-/// K and V rows of a random hundredth of the tokens: what gathering can reach.
+/// Sums the words of a row while the row `ahead` is asked for.
+[[nodiscard]] inline std::uint64_t sum_of_row(const std::byte* here, const std::byte* ahead, index_t bytes) noexcept {
+  kernel::prefetch_row(ahead, static_cast<std::size_t>(bytes));
+  std::uint64_t sum = 0;
+  for (index_t byte = 0; byte + 8 <= bytes; byte += 8) {
+    std::uint64_t word;
+    std::memcpy(&word, here + byte, 8);
+    sum += word;
+  }
+  return sum;
+}
+
+/// K and V rows of a random hundredth of the tokens: what gathering can reach. Apart as in the cache, or interleaved.
 template <class T>
 class random_rows_mode : public roofline_mode<T> {
  public:
-  random_rows_mode() : roofline_mode<T>("random_rows") {}
+  explicit random_rows_mode(bool interleaved)
+      : roofline_mode<T>(interleaved ? "random_pairs" : "random_rows"), interleaved_(interleaved) {}
   void prepare(const roofline_step<T>& s) override {
     const cache_shape& c = s.cache.shape();
     rows_.resize(static_cast<std::size_t>(std::max<index_t>(16, c.n / 100)));
     bytes_ = static_cast<double>(2 * c.kv_heads * static_cast<index_t>(rows_.size()) * s.cache.row_bytes());
+    if (!interleaved_) return;
+    const auto row = static_cast<std::size_t>(s.cache.row_bytes());
+    pairs_ = huge_buffer(s.cache.bytes());
+    for (index_t i = 0; i < c.kv_heads * c.n; ++i) {  // heads are one behind another
+      std::byte* to = pairs_.data() + 2 * static_cast<std::size_t>(i) * row;
+      std::memcpy(to, s.cache.k(0) + i * s.cache.row_bytes(), row);
+      std::memcpy(to + row, s.cache.v(0) + i * s.cache.row_bytes(), row);
+    }
   }
   status run(const roofline_step<T>& s, std::uint32_t number) override {
     std::mt19937_64 random(number);  // other rows each time: those of the last step are in the cache
@@ -111,20 +140,17 @@ class random_rows_mode : public roofline_mode<T> {
     const index_t row = s.cache.row_bytes(), parts = 8, count = static_cast<index_t>(rows_.size());
     s.pool.for_each(s.cache.shape().kv_heads * parts, [&](index_t task, index_t) {
       const index_t kv = task / parts, first = task % parts * count / parts, last = (task % parts + 1) * count / parts;
+      const std::byte* pairs = interleaved_ ? pairs_.data() + 2 * kv * s.cache.shape().n * row : nullptr;
       constexpr index_t ahead = 8;
       std::uint64_t sum = 0;
       for (index_t j = first; j < last; ++j) {
-        for (const std::byte* from : {s.cache.k(kv), s.cache.v(kv)}) {
-          const std::byte* next = from + rows_[static_cast<std::size_t>(std::min(j + ahead, last - 1))] * row;
-#if defined(__GNUC__)
-          for (index_t byte = 0; byte < row; byte += 64) __builtin_prefetch(next + byte);
-#endif
-          const std::byte* here = from + rows_[static_cast<std::size_t>(j)] * row;
-          for (index_t byte = 0; byte + 8 <= row; byte += 8) {
-            std::uint64_t word;
-            std::memcpy(&word, here + byte, 8);
-            sum += word;
-          }
+        const index_t here = rows_[static_cast<std::size_t>(j)];
+        const index_t next = rows_[static_cast<std::size_t>(std::min(j + ahead, last - 1))];
+        if (interleaved_) {
+          sum += sum_of_row(pairs + 2 * here * row, pairs + 2 * next * row, 2 * row);
+        } else {
+          for (const std::byte* from : {s.cache.k(kv), s.cache.v(kv)})
+            sum += sum_of_row(from + here * row, from + next * row, row);
         }
       }
       sink_.fetch_add(sum, std::memory_order_relaxed);
@@ -133,8 +159,11 @@ class random_rows_mode : public roofline_mode<T> {
   }
   [[nodiscard]] double bytes() const override { return bytes_; }
   [[nodiscard]] bool attends() const override { return false; }
+  [[nodiscard]] bool by_default() const override { return !interleaved_; }
 
  private:
+  bool interleaved_;
+  huge_buffer pairs_;
   std::vector<ordinal> rows_;
   double bytes_ = 0;
   std::atomic<std::uint64_t> sink_{0};
@@ -231,6 +260,15 @@ class stage_clock {
   }
 };
 
+/// The cache's tokens in a store of their own.
+template <class T>
+[[nodiscard]] shuffled_store<T> store_of(const roofline_cache<T>& cache) {
+  const cache_shape& c = cache.shape();
+  shuffled_store<T> store({.n_kv_heads = c.kv_heads, .dk = c.dim, .dv = c.dim, .seed = 1});
+  if (const status made = store.assign(cache.view()); !made) throw std::runtime_error(made.message());
+  return store;
+}
+
 /// The functor over a store: a scan of codes, picks and a slice, or all rows where it predicts that to be faster.
 template <class T>
 class store_mode : public roofline_mode<T> {
@@ -243,11 +281,7 @@ class store_mode : public roofline_mode<T> {
 
  public:
   store_mode() : roofline_mode<T>("store") {}
-  void prepare(const roofline_step<T>& s) override {
-    const cache_shape& c = s.cache.shape();
-    store_ = shuffled_store<T>({.n_kv_heads = c.kv_heads, .dk = c.dim, .dv = c.dim, .seed = 1});
-    if (const status made = store_.assign(s.cache.view()); !made) throw std::runtime_error(made.message());
-  }
+  void prepare(const roofline_step<T>& s) override { store_ = store_of(s.cache); }
   status run(const roofline_step<T>& s, std::uint32_t number) override {
     config c;
     c.epsilon = s.epsilon;
@@ -263,9 +297,83 @@ class store_mode : public roofline_mode<T> {
     for (const double all : stage_clock::take()) ms.push_back(all / steps);
     return ms;
   }
+  [[nodiscard]] double sketch_share() const override {
+    return static_cast<double>(store_.sketch_bytes()) / static_cast<double>(store_.row_bytes());
+  }
 
  private:
   shuffled_store<T> store_;
+  workspace memory_;
+};
+
+/// A token appended to a store: one after other data has been in the caches, as between two steps of a layer, or many.
+template <class T>
+class append_mode : public roofline_mode<T> {
+ public:
+  append_mode(std::string name, index_t tokens) : roofline_mode<T>(std::move(name)), tokens_(tokens) {}
+  void prepare(const roofline_step<T>& s) override {
+    const cache_shape& c = s.cache.shape();
+    store_ = store_of(s.cache);
+    const auto width = static_cast<std::size_t>(c.kv_heads * c.dim);
+    k_.resize(width), v_.resize(width);
+    for (index_t kv = 0; kv < c.kv_heads; ++kv) {
+      const auto to = static_cast<std::size_t>(kv * c.dim);
+      std::memcpy(k_.data() + to, s.cache.k(kv), static_cast<std::size_t>(c.dim) * sizeof(T));
+      std::memcpy(v_.data() + to, s.cache.v(kv), static_cast<std::size_t>(c.dim) * sizeof(T));
+    }
+  }
+  status run(const roofline_step<T>&, std::uint32_t) override {
+    for (index_t i = 0; i < tokens_; ++i) {
+      if (const status s = store_.append(k_.data(), v_.data()); !s) return s;
+    }
+    return {};
+  }
+  [[nodiscard]] index_t parts() const override { return tokens_; }
+  [[nodiscard]] bool attends() const override { return false; }
+  [[nodiscard]] bool by_default() const override { return false; }
+
+ private:
+  index_t tokens_;
+  shuffled_store<T> store_;
+  std::vector<T> k_, v_;  // [kv_heads, dim], of the token
+};
+
+/// Importance sampling by 4-bit codes of the keys, from K and V apart or from interleaved rows.
+template <class T>
+class importance_mode : public roofline_mode<T> {
+  using codes = sketch::key_codes<4>;
+  struct by_codes : default_policy {
+    using selector = select::indexed<codes>;
+    using sampler = sample::by_importance;
+  };
+
+ public:
+  explicit importance_mode(bool interleaved)
+      : roofline_mode<T>(interleaved ? "codes_pairs" : "codes"), interleaved_(interleaved) {}
+  void prepare(const roofline_step<T>& s) override {
+    const cache_shape& c = s.cache.shape();
+    codes_.assign(static_cast<std::size_t>(c.kv_heads), codes(c.dim, 1));
+    for (index_t h = 0; h < c.kv_heads; ++h)
+      append_from(codes_[static_cast<std::size_t>(h)], s.cache.view().head(0, h));
+    if (!interleaved_) return;
+    store_ = interleaved_store<T>({.n_kv_heads = c.kv_heads, .dk = c.dim, .dv = c.dim});
+    if (const status made = store_.assign(s.cache.view()); !made) throw std::runtime_error(made.message());
+  }
+  status run(const roofline_step<T>& s, std::uint32_t number) override {
+    config c;
+    c.epsilon = s.epsilon, c.delta = s.delta, c.sinks = c.window = 16;
+    const vattention<by_codes> attend(c, {.heads = codes_});
+    const draw_key key{.seed = 1, .step = number};
+    return interleaved_ ? attend(s.cache.query(), store_, s.cache.options(), s.result(), memory_, key, s.pool)
+                        : attend(s.cache.query(), s.cache.view(), s.cache.options(), s.result(), memory_, key, s.pool);
+  }
+  [[nodiscard]] bool verifies() const override { return true; }
+  [[nodiscard]] bool by_default() const override { return false; }
+
+ private:
+  bool interleaved_;
+  std::vector<codes> codes_;  // [kv_heads]
+  interleaved_store<T> store_;
   workspace memory_;
 };
 
@@ -273,10 +381,17 @@ template <class T>
 [[nodiscard]] std::vector<std::unique_ptr<roofline_mode<T>>> make_modes() {
   std::vector<std::unique_ptr<roofline_mode<T>>> modes;
   modes.push_back(std::make_unique<read_mode<T>>());
-  modes.push_back(std::make_unique<random_rows_mode<T>>());
+  modes.push_back(std::make_unique<random_rows_mode<T>>(false));
+  modes.push_back(std::make_unique<random_rows_mode<T>>(true));
   modes.push_back(std::make_unique<dense_mode<T>>());
   modes.push_back(std::make_unique<functor_mode<T, uniform_policy>>("uniform"));
-  if constexpr (kernel::element<T>) modes.push_back(std::make_unique<store_mode<T>>());
+  if constexpr (kernel::element<T>) {
+    modes.push_back(std::make_unique<store_mode<T>>());
+    modes.push_back(std::make_unique<append_mode<T>>("append", 1));
+    modes.push_back(std::make_unique<append_mode<T>>("append_many", 256));
+    modes.push_back(std::make_unique<importance_mode<T>>(false));
+    modes.push_back(std::make_unique<importance_mode<T>>(true));
+  }
   return modes;
 }
 
