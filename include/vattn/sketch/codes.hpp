@@ -110,19 +110,20 @@ class key_codes {
   void clear() { truncate(0); }
 
   static constexpr std::string_view format() noexcept {
-    return Bits == 1   ? "key codes 1 v2"
-           : Bits == 2 ? "key codes 2 v2"
-           : Bits == 4 ? "key codes 4 v2"
-                       : "key codes 8 v2";
+    return Bits == 1   ? "key codes 1 v3"
+           : Bits == 2 ? "key codes 2 v3"
+           : Bits == 4 ? "key codes 4 v3"
+                       : "key codes 8 v3";
   }
   template <class Archive>
   void archive(Archive& a) {
-    a(rotation_, row_bytes_, buffer_, sum_, weight_, codes_, scale_, residual_, means_);
+    a(rotation_, row_bytes_, sum_, weight_, codes_, scale_, residual_, means_);
+    buffer_.resize(sum_.size());  // scratch: valid() compares sum_ with the width
   }
   [[nodiscard]] bool valid() const noexcept {
     const std::size_t epochs = scale_.empty() ? 0 : epoch(size() - 1) + 1;
-    return rotation_.valid() && row_bytes_ == width() * Bits / 8 && buffer_.size() == width() &&
-           sum_.size() == width() && codes_.size() == scale_.size() * row_bytes_ && residual_.size() == scale_.size() &&
+    return rotation_.valid() && row_bytes_ == width() * Bits / 8 && sum_.size() == width() &&
+           codes_.size() == scale_.size() * row_bytes_ && residual_.size() == scale_.size() &&
            means_.size() == epochs * width();
   }
 
