@@ -43,7 +43,8 @@ void soak(const Index& empty, index_t appends) {
   std::vector<std::size_t> held;
   index_t left = appends, truncations = 0;
   while (left > 0) {
-    const auto add = static_cast<index_t>(random() % (random() % 10 == 0 ? 900 : 40)) + 1;
+    const index_t most = random() % 10 == 0 ? 900 : 40;  // drawn first: operands are evaluated in any order
+    const index_t add = static_cast<index_t>(random()) % most + 1;
     for (index_t i = 0; i < std::min(add, left); ++i) {
       held.push_back(random() % pool);
       index.append(key(held.back()));
