@@ -355,9 +355,14 @@ class importance_mode : public roofline_mode<T> {
     codes_.assign(static_cast<std::size_t>(c.kv_heads), codes(c.dim, 1));
     for (index_t h = 0; h < c.kv_heads; ++h)
       append_from(codes_[static_cast<std::size_t>(h)], s.cache.view().head(0, h));
-    if (!interleaved_) return;
     store_ = interleaved_store<T>({.n_kv_heads = c.kv_heads, .dk = c.dim, .dv = c.dim});
     if (const status made = store_.assign(s.cache.view()); !made) throw std::runtime_error(made.message());
+    for (index_t h = 0; h < c.kv_heads; ++h) {  // both have the same
+      const auto head = store_.head(0, h);
+      for (index_t i = 0; i < c.n; ++i) norms_.push_back(head.value_norm(i));
+      centres_.insert(centres_.end(), head.value_centre(), head.value_centre() + c.dim);
+    }
+    if (!interleaved_) store_ = {};
   }
   status run(const roofline_step<T>& s, std::uint32_t number) override {
     config c;
@@ -374,6 +379,7 @@ class importance_mode : public roofline_mode<T> {
   bool interleaved_;
   std::vector<codes> codes_;  // [kv_heads]
   interleaved_store<T> store_;
+  std::vector<float> norms_, centres_;  // [kv_heads, n], [kv_heads, dim]
   workspace memory_;
 };
 

@@ -1,7 +1,10 @@
 // An owning KV cache whose rows are key and value in one: what selectors gather from.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <span>
 #include <vector>
 
 #include "vattn/kv/owned_rows.hpp"
@@ -18,10 +21,14 @@ struct interleaved_shape {
 /// rows alone. When not: exact attention and selectors that read all keys (contiguous K and V are read faster), and
 /// uniform samples (shuffled_store). A kv_cache of batch 1, for every call that takes one; head() is a strided view.
 ///
-/// Memory: n·(dk + dv) elements a head. `append` copies one row a head; it allocates when the capacity grows, by half
-/// each time (reserve() to avoid that), which moves pages instead of rows where the system can (page_buffer); rows have
-/// other addresses then. Errors are statuses; after one nothing has changed. Not for concurrent appends; reading from
-/// many threads is fine. Indices are brought up to it by `append_from(index, store.head(0, h))` (select/index.hpp).
+/// Beside the rows it keeps ‖v − c‖ of each value, c the mean of the first 4096 values that were assigned (before, the
+/// origin): rankings by contribution then read no values to choose.
+///
+/// Memory: n·(dk + dv) elements and n floats a head. `append` copies one row a head; it allocates when the capacity
+/// grows, by half each time (reserve() to avoid that), which moves pages instead of rows where the system can
+/// (page_buffer); rows have other addresses then. Errors are statuses; after one nothing has changed. Not for
+/// concurrent appends; reading from many threads is fine. Indices are brought up to it by `append_from(index,
+/// store.head(0, h))` (select/index.hpp).
 template <kernel::element T>
 class interleaved_store {
  public:
@@ -32,6 +39,8 @@ class interleaved_store {
   explicit interleaved_store(const interleaved_shape& shape) : shape_(shape) {
     if (!validate()) return;
     rows_ = {shape.n_kv_heads, shape.dk + shape.dv};
+    norms_ = {shape.n_kv_heads, 1};
+    centres_.resize(static_cast<std::size_t>(shape.n_kv_heads * shape.dv));
     scratch_.resize(static_cast<std::size_t>(std::max(shape.dk, shape.dv)));
   }
 
@@ -46,7 +55,8 @@ class interleaved_store {
   [[nodiscard]] kv_head_view<T, T, dynamic, dynamic> head(index_t, index_t h) const noexcept {
     const auto* first = reinterpret_cast<const std::byte*>(rows_.row(h, 0));
     const auto size = static_cast<index_t>(sizeof(T)), stride = (shape_.dk + shape_.dv) * size;
-    return {first, first + shape_.dk * size, {}, stride, stride, n_, shape_.dk, shape_.dv};
+    const row_norms norms{.values = norms_.row(h, 0), .value_centres = centre(h)};
+    return {first, first + shape_.dk * size, norms, stride, stride, n_, shape_.dk, shape_.dv};
   }
   [[nodiscard]] status validate() const noexcept {
     constexpr index_t most = index_t{1} << 40;  // products of them and of 2^31 tokens are checked by reserve()
@@ -64,7 +74,7 @@ class interleaved_store {
     if (n <= capacity_) return {};
     const index_t row = (shape_.dk + shape_.dv) * static_cast<index_t>(sizeof(T));
     if (status s = detail::check_capacity(n, shape_.n_kv_heads * row); !s) return s;
-    if (!rows_.reserve(n, n_)) return detail::no_room(n, shape_.n_kv_heads);
+    if (!rows_.reserve(n, n_) || !norms_.reserve(n, n_)) return detail::no_room(n, shape_.n_kv_heads);
     capacity_ = n;
     return {};
   }
@@ -80,6 +90,7 @@ class interleaved_store {
       T* to = rows_.row(h, n_);
       std::memcpy(to, k + h * k_stride, static_cast<std::size_t>(shape_.dk) * sizeof(T));
       std::memcpy(to + shape_.dk, v + h * v_stride, static_cast<std::size_t>(shape_.dv) * sizeof(T));
+      measure(h, n_);
     }
     ++n_;
     return {};
@@ -100,6 +111,8 @@ class interleaved_store {
         detail::copy_row(from.key(i), to, shape_.dk, scratch_);
         detail::copy_row(from.value(i), to + shape_.dk, shape_.dv, scratch_);
       }
+      take_mean(h, std::min<index_t>(n, 4096));
+      for (index_t i = 0; i < n; ++i) measure(h, i);
     }
     n_ = n;
     return {};
@@ -110,9 +123,28 @@ class interleaved_store {
   void clear() noexcept { n_ = 0; }
 
  private:
+  [[nodiscard]] const float* centre(index_t h) const noexcept { return centres_.data() + h * shape_.dv; }
+  [[nodiscard]] std::span<const T> value(index_t h, index_t i) const noexcept {
+    return {rows_.row(h, i) + shape_.dk, static_cast<std::size_t>(shape_.dv)};
+  }
+  void measure(index_t h, index_t i) noexcept {
+    using kernel::squared_distance;
+    *norms_.row(h, i) = std::sqrt(squared_distance(value(h, i), centre(h)));
+  }
+  void take_mean(index_t h, index_t n) noexcept {
+    using kernel::axpy;
+    float* mean = centres_.data() + h * shape_.dv;
+    std::fill_n(mean, shape_.dv, 0.0f);
+    for (index_t i = 0; i < n; ++i) axpy(1 / static_cast<float>(n), value(h, i), mean);
+    // One value that is not finite spoils its own norm alone.
+    for (index_t j = 0; j < shape_.dv; ++j) mean[j] = std::isfinite(mean[j]) ? mean[j] : 0;
+  }
+
   interleaved_shape shape_{};
   index_t n_ = 0, capacity_ = 0;
-  detail::owned_rows<T> rows_;  // [n_kv_heads, capacity, dk + dv]
+  detail::owned_rows<T> rows_;       // [n_kv_heads, capacity, dk + dv]
+  detail::owned_rows<float> norms_;  // [n_kv_heads, capacity]
+  std::vector<float> centres_;       // [n_kv_heads, dv]
   std::vector<float> scratch_;
 };
 
