@@ -38,9 +38,9 @@ struct store_scratch {
 
   [[nodiscard]] static store_scratch take(arena& a, index_t n, index_t heads, index_t dk, index_t dv) noexcept {
     const auto h = static_cast<std::size_t>(heads), width = static_cast<std::size_t>(dv);
-    // As block_codes lays them out; at most P/6·64 entries and 3 bits a coordinate.
+    // As block_codes lays them out: 1 bit for each of P coordinates, 3 where they are 64 or fewer.
     const std::size_t coordinates = std::bit_ceil(static_cast<std::size_t>(std::max<index_t>(dk, 16)));
-    const std::size_t groups = std::max<std::size_t>(coordinates / 6 + 1, 22);
+    const std::size_t groups = std::max<std::size_t>(coordinates / 6 + 1, 33);
     store_scratch s;
     s.tables = a.take<std::uint8_t>(h * groups * 64);
     s.table = a.take<float>(h * groups * 64 + coordinates);
@@ -117,6 +117,10 @@ class store_sampler {
   [[nodiscard]] static constexpr std::size_t at(index_t i) noexcept { return static_cast<std::size_t>(i); }
   static constexpr index_t pilot_blocks = 4;
 
+  // No more than any threshold can be lowered by: goals may shrink to nothing.
+  [[nodiscard]] index_t steps(double nats) const noexcept {
+    return static_cast<index_t>(std::lround(std::min(1e6, nats / static_cast<double>(tables_.step))));
+  }
   [[nodiscard]] index_t fixed() const noexcept { return head_.size() - rows_; }
 
   void sample_until_verified(store_reader<Head>& read, const read_costs& costs) noexcept {
@@ -137,7 +141,7 @@ class store_sampler {
         if (candidates < 0) return;
         read.clear();
         have = picks_ = 0;
-        above_ = static_cast<index_t>(std::lround(held_back / static_cast<double>(tables_.step)));
+        above_ = steps(held_back);
       }
       if (fixed() + picks_ + choice_.slice > most) return;
       enter(stage::slice);
@@ -286,11 +290,11 @@ class store_sampler {
     const float step = tables_.step, least = away > 0 ? std::log(away / codes_.reach_unit()) / step : -32767.0f;
     query.least_reach = static_cast<std::int16_t>(std::clamp(least, -32767.0f, 32767.0f));
     for (index_t g = 0; g < heads_; ++g) {
-      const auto steps = [&](double nats) {
+      const auto lowered = [&](double nats) {
         return static_cast<float>(std::min(1e6, (nats - lower) / static_cast<double>(step)));
       };
-      query.plain[at(g)] = steps(choice_.plain[at(g)]);
-      query.floor[at(g)] = steps(choice_.floor[at(g)] - shape.z * static_cast<double>(tables_.table_error));
+      query.plain[at(g)] = lowered(choice_.plain[at(g)]);
+      query.floor[at(g)] = lowered(choice_.floor[at(g)] - shape.z * static_cast<double>(tables_.table_error));
       query.slack[at(g)] = static_cast<float>(shape.z) * tables_.error(g) / step;
       query.sure[at(g)] = static_cast<float>(shape.sure) * tables_.error(g) / step;
     }
@@ -346,6 +350,7 @@ class store_sampler {
     const double weight = static_cast<double>(rows_) / static_cast<double>(choice_.slice);
     std::array<double, max_group> away2{};
     for (index_t g = 0; g < heads_; ++g) away2[at(g)] = estimate_[at(g)].away2;
+    const index_t spare = steps(for_floors);
     for (;;) {
       kernel::scan_pick* const all = s_.reader.picks.data();
       const index_t before = picks_;
@@ -369,16 +374,17 @@ class store_sampler {
         goals_[at(g)] = std::max(goal - slice, 0.2 * goal);  // a slice that is too short is for the judge
         const double need = found[at(g)].variance / goals_[at(g)];
         worst = std::max(worst, need);
-        if (above_ == 0 && need > 1.1 && found[at(g)].variance > 0.5 * goal) {  // else a longer slice is cheaper
-          choice_.plain[at(g)] = std::min(choice_.plain[at(g)], choice_.floor[at(g)]) - std::log(need / worth_thinning);
+        if (need > 1.1 && found[at(g)].variance > 0.5 * goal) {  // else a longer slice is cheaper
           again = true;
+          if (above_ == 0)
+            choice_.plain[at(g)] =
+                std::min(choice_.plain[at(g)], choice_.floor[at(g)]) - std::log(need / worth_thinning);
         }
       }
-      if (again && picks_ > few_picks) return next_step::scan;
-      if (worst <= worth_thinning || above_ == 0 || picks_ <= few_picks) return next_step::extend;
-      const double lower = std::max(0.05, std::log(worst / worth_thinning));
-      above_ =
-          std::max<index_t>(0, above_ - static_cast<index_t>(std::lround(lower / static_cast<double>(tables_.step))));
+      if (worst <= worth_thinning || picks_ <= few_picks || (above_ <= spare && !again)) return next_step::extend;
+      if (above_ == 0) return next_step::scan;
+      const index_t lower = std::max<index_t>(1, steps(std::max(0.05, std::log(worst / worth_thinning))));
+      above_ = std::max<index_t>(above_ > spare ? spare : 0, above_ - lower);
     }
   }
 
@@ -402,11 +408,20 @@ class store_sampler {
     return root * root * root;
   }
 
+  // How much lower the thresholds of what was weighed ought to be for the floors, nats: 0 or less where they hold.
+  [[nodiscard]] double uncovered(index_t g, double floor, double away) const noexcept {
+    const double weighed =
+        choice_.floor[at(g)] - reserve + static_cast<double>(above_) * static_cast<double>(tables_.step);
+    // Levels have max(r, away_): keys whose r is less are too low by as much as away_ is.
+    return weighed - (floor + 0.35) + std::max(0.0, std::log(0.8 * away / std::max<double>(away_[at(g)], 1e-30)));
+  }
+
   // Writes what is verified, and sets the next choice for the rest: more values and a longer slice where that is
   // enough, else lower thresholds.
   [[nodiscard]] next_step judge(const store_reader<Head>& read, index_t round) noexcept {
     next_step next = next_step::done;
     double longer = 1, more = 1;
+    index_t lowest = above_;
     auto wanted_floor = choice_.floor, wanted_plain = choice_.plain;
     auto wanted_away = away_;
     for (index_t g = 0; g < heads_; ++g) {
@@ -423,7 +438,8 @@ class store_sampler {
       const double error2 = squared_radius(e.variance, e.dimension, e.dof), goal = goal2(e);
       const double floor = floor_threshold(read, g, e), away = std::sqrt(e.away2);
       const bool verified = error2 <= goal;
-      const bool covered = choice_.floor[at(g)] <= floor + 0.35 && 0.8 * away <= std::max<double>(away_[at(g)], 0);
+      const double missing = uncovered(g, floor, away);
+      const bool covered = missing <= 0;
       if (verified && covered) {
         done_[at(g)] = true;
         const double scale2 = goal / (settings_.epsilon * settings_.epsilon);
@@ -448,7 +464,11 @@ class store_sampler {
         continue;
       }
       next = std::max(next, next_step::extend);
-      if (!covered) next = next_step::scan;
+      if (!covered) {  // by candidates that are at hand, or by another scan
+        const index_t lower = steps(missing + 0.15);
+        if (lower > above_) next = next_step::scan;
+        lowest = std::min(lowest, above_ - lower);
+      }
       // Taken over where a scan follows; a floor that was never scanned covers nothing.
       wanted_floor[at(g)] = std::min(choice_.floor[at(g)], floor - 0.2);
       wanted_away[at(g)] = std::max(away_[at(g)], static_cast<float>(1.1 * away));
@@ -469,6 +489,7 @@ class store_sampler {
         longer = std::max(longer, factor);
       }
     }
+    above_ = std::max<index_t>(0, lowest);
     const double grow = std::max(longer, next == next_step::scan ? std::min(more, 2.0) : 1.0);
     const auto wanted = static_cast<index_t>(grow * static_cast<double>(choice_.slice));
     choice_.slice = std::min(rows_, (wanted + kernel::scan_keys - 1) / kernel::scan_keys * kernel::scan_keys);
@@ -508,8 +529,9 @@ class store_sampler {
   static constexpr double plan_margin = 0.9, thin_margin = 0.75;
   // Of the picks' goal: more variance than this with all of them, and it is worth weighing more.
   static constexpr double worth_thinning = 0.85;
-  // Nats by which the scan's thresholds are lower than the plan's; those between are weighed if the rest is not enough.
-  static constexpr double reserve = 0.6, held_back = 0.42;
+  // Nats by which the scan's thresholds are lower than the plan's; those between are weighed if the rest is not enough,
+  // the last of them only where otherwise another scan would follow: mostly for floors that the pilot took for higher.
+  static constexpr double reserve = 0.9, held_back = 0.72, for_floors = 0.3;
   static constexpr index_t few_picks = 256;  // that are not worth thinning
 
   head_group<Head>& group_;
