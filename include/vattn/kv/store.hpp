@@ -63,14 +63,15 @@ class store_head {
 
 /// KV cache of one sequence in one layer. Tokens that leave the recent window are put in random order (Fisher–Yates
 /// from the inside out), so that any run of consecutive rows of the past is a uniform sample without replacement, read
-/// at the speed of a copy; each has a code of 126 bits from which its logits are estimated (sketch/block_codes.hpp). A
-/// kv_cache of batch 1: a decode query sees all rows, and attention does not depend on their order. For calls that do
-/// (causal queries before the last, masks, ALiBi) use a view instead.
+/// at the speed of a copy; each has a code of 1 to 3 bits a coordinate from which its logits are estimated
+/// (sketch/block_codes.hpp). A kv_cache of batch 1: a decode query sees all rows, and attention does not depend on
+/// their order. For calls that do (causal queries before the last, masks, ALiBi) use a view instead.
 ///
-/// Memory: K and V, and 23 bytes a token and head for codes and 4 bytes a token. `append` costs the code of one key and
-/// two exchanged rows a head; it allocates when the capacity grows (reserve() to avoid that). Errors are statuses;
-/// after one nothing has changed but what the message says. Not for concurrent appends; reading from many threads is
-/// fine. The order is a function of the seed and of the positions: truncating and appending again restores it.
+/// Memory: K and V, and 23 bytes a token and head for codes (31 at head size 64) and 4 bytes a token. `append` costs
+/// the code of one key and two exchanged rows a head; it allocates when the capacity grows (reserve() to avoid that).
+/// Errors are statuses; after one nothing has changed but what the message says. Not for concurrent appends; reading
+/// from many threads is fine. The order is a function of the seed and of the positions: truncating and appending again
+/// restores it.
 template <kernel::element T>
 class shuffled_store {
  public:

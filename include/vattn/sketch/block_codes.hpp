@@ -21,7 +21,7 @@
 namespace vattn::sketch {
 
 // Format. A key k becomes y = R(k − μ), R a rotation to P coordinates and μ a fixed vector near the keys' mean. Its
-// first 6·G/b coordinates are quantised to b bits each, levels ±1, ±3, … (b = 1 from P = 128 on, 2 at 64, 3 below), and
+// first 6·G/b coordinates are quantised to b bits each, levels ±1, ±3, … (b = 1 from P = 128 on, 3 below), and
 // 6/b consecutive ones make a group: a number of 6 bits, the lower coordinate in the lower bits. As in codes.hpp,
 //   α = ‖y‖²/⟨c, y⟩ makes s = α⟨c, Rq⟩ unbiased for ⟨q, k − μ⟩ over rotations, and ρ = ‖y − αc‖ bounds its error by
 //   ‖q‖ρ;
@@ -43,9 +43,7 @@ class block_codes {
   explicit block_codes(index_t dim, std::uint64_t seed)
       : rotation_(std::max<index_t>(dim, 16), seed),
         dim_(dim),
-        bits_(rotation_.width() >= 128  ? 1
-              : rotation_.width() >= 64 ? 2
-                                        : 3),
+        bits_(rotation_.width() >= 128 ? 1 : 3),
         coded_(static_cast<int>(rotation_.width()) * bits_ / 6 * (6 / bits_)),
         groups_(coded_ * bits_ / 6),
         planes_((groups_ * 3 + 3) / 4),
@@ -207,7 +205,7 @@ class block_codes {
     // Squares of what is larger still overflow below, and would hide an error: such a key is read for certain.
     if (square < 1e34f && std::isfinite(distance)) {
       // Half steps of optimal uniform quantisers of a normal variable, in standard deviations (Max 1960).
-      const float half = bits_ == 1 ? 1.0f : bits_ == 2 ? 0.4979f : 0.2930f;
+      const float half = bits_ == 1 ? 1.0f : 0.2930f;
       const int levels = 1 << bits_, per = 6 / bits_;
       // Finite where the square is tiny, so that 0 times it is a number.
       const float inverse = std::min(square > 0 ? std::sqrt(static_cast<float>(width()) / square) / (2 * half) : 0.0f,

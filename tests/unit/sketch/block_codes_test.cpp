@@ -274,7 +274,7 @@ TEST_CASE("a table holds the product of every code of a group with the query", "
     std::mt19937 random(static_cast<unsigned>(dim));
     const block_codes c(dim, 5);
     const query q(c, normal(dim, random));
-    const unsigned bits = dim >= 128 ? 1 : dim >= 64 ? 2 : 3;
+    const unsigned bits = dim >= 128 ? 1 : 3;
     double worst = 0;
     for (std::size_t g = 0; g < static_cast<std::size_t>(c.groups()); ++g) {
       for (unsigned e = 0; e < 64; ++e) {
