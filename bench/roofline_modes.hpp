@@ -357,6 +357,7 @@ class importance_mode : public roofline_mode<T> {
       append_from(codes_[static_cast<std::size_t>(h)], s.cache.view().head(0, h));
     store_ = interleaved_store<T>({.n_kv_heads = c.kv_heads, .dk = c.dim, .dv = c.dim});
     if (const status made = store_.assign(s.cache.view()); !made) throw std::runtime_error(made.message());
+    norms_.clear(), centres_.clear();
     for (index_t h = 0; h < c.kv_heads; ++h) {  // both have the same
       const auto head = store_.head(0, h);
       for (index_t i = 0; i < c.n; ++i) norms_.push_back(head.value_norm(i));
@@ -369,8 +370,9 @@ class importance_mode : public roofline_mode<T> {
     c.epsilon = s.epsilon, c.delta = s.delta, c.sinks = c.window = 16;
     const vattention<by_codes> attend(c, {.heads = codes_});
     const draw_key key{.seed = 1, .step = number};
-    return interleaved_ ? attend(s.cache.query(), store_, s.cache.options(), s.result(), memory_, key, s.pool)
-                        : attend(s.cache.query(), s.cache.view(), s.cache.options(), s.result(), memory_, key, s.pool);
+    if (interleaved_) return attend(s.cache.query(), store_, s.cache.options(), s.result(), memory_, key, s.pool);
+    const auto apart = s.cache.view().with_norms({.values = norms_.data(), .value_centres = centres_.data()});
+    return attend(s.cache.query(), apart, s.cache.options(), s.result(), memory_, key, s.pool);
   }
   [[nodiscard]] bool verifies() const override { return true; }
   [[nodiscard]] bool by_default() const override { return false; }

@@ -16,10 +16,11 @@ struct interleaved_shape {
   index_t dk = 0, dv = 0;
 };
 
-/// KV cache of one sequence in one layer, tokens in their order, rows [K | V] of dk + dv elements: a token that a
-/// selector picks costs one access to memory, not two. When to use: indices and importance sampling, which read picked
-/// rows alone. When not: exact attention and selectors that read all keys (contiguous K and V are read faster), and
-/// uniform samples (shuffled_store). A kv_cache of batch 1, for every call that takes one; head() is a strided view.
+/// KV cache of one sequence in one layer, tokens in their order, rows [K | V] of dk + dv elements, so that a picked
+/// token lies in one place. When to use: an owning cache that grows, read through indices and importance sampling. That
+/// one place is faster than two has not shown on Zen 4 with huge pages (docs/performance.md). When not: exact attention
+/// and selectors that read all keys (K and V apart are read faster), and uniform samples (shuffled_store). A kv_cache
+/// of batch 1, for every call that takes one; head() is a strided view.
 ///
 /// Beside the rows it keeps ‖v − c‖ of each value, c the mean of the first 4096 values that were assigned (before, the
 /// origin): rankings by contribution then read no values to choose.
