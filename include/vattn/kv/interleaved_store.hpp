@@ -57,7 +57,8 @@ class interleaved_store {
     const auto* first = reinterpret_cast<const std::byte*>(rows_.row(h, 0));
     const auto size = static_cast<index_t>(sizeof(T)), stride = (shape_.dk + shape_.dv) * size;
     const row_norms norms{.values = norms_.row(h, 0), .value_centres = centre(h)};
-    return {first, first + shape_.dk * size, norms, stride, stride, n_, shape_.dk, shape_.dv};
+    const std::byte* value = first == nullptr ? nullptr : first + shape_.dk * size;  // no rows: none have been reserved
+    return {first, value, norms, stride, stride, n_, shape_.dk, shape_.dv};
   }
   [[nodiscard]] status validate() const noexcept {
     constexpr index_t most = index_t{1} << 40;  // products of them and of 2^31 tokens are checked by reserve()
