@@ -7,6 +7,7 @@
 #include <limits>
 #include <memory>
 #include <span>
+#include <utility>
 
 #include "vattn/configuration.hpp"
 #include "vattn/estimate/group.hpp"
@@ -132,23 +133,21 @@ class store_sampler {
     const auto most = static_cast<index_t>(settings_.max_density * static_cast<double>(head_.size()));
     squeeze_.fill(1);
     next_step next = next_step::scan;
-    index_t candidates = 0, have = 0;  // blocks of the slice that are in the sums
+    index_t candidates = 0;
     for (index_t round = 1; round <= settings_.max_rounds; ++round) {
-      const index_t want = choice_.slice / kernel::scan_keys;
       if (next == next_step::scan) {
         enter(stage::scan);
         candidates = scan(0, blocks_, reserve, s_.reader.capacity);
         if (candidates < 0) return;
         read.clear();
-        have = picks_ = 0;
+        slice_read_ = picks_ = 0;
         above_ = steps(held_back);
       }
       if (fixed() + picks_ + choice_.slice > most) return;
       enter(stage::slice);
       read.clear_picked();
       if (!read_fixed(read)) return;
-      if (!read.read_slice(first_block_, have, want)) return;
-      have = want;
+      if (!read_slice(read)) return;
       enter(stage::picks);
       next = weigh_enough(read, candidates);
       if (next == next_step::give_up) return;
@@ -199,6 +198,16 @@ class store_sampler {
     return read.read_fixed(0, sinks) && read.read_fixed(after, head_.size() - after);
   }
 
+  // What the sums lack of the slice.
+  [[nodiscard]] bool read_slice(store_reader<Head>& read) noexcept {
+    const index_t from = std::exchange(slice_read_, choice_.slice / kernel::scan_keys);
+    return read.read_slice(first_block_, from, slice_read_);
+  }
+  void lengthen_slice(double factor) noexcept {
+    const auto wanted = static_cast<index_t>(factor * static_cast<double>(choice_.slice));
+    choice_.slice = std::min(rows_, (wanted + kernel::scan_keys - 1) / kernel::scan_keys * kernel::scan_keys);
+  }
+
   // Picks of blocks [first, last), around the end, at thresholds `lower` than chosen, nats. There may be `room`; -1 if
   // there are more.
   [[nodiscard]] index_t scan(index_t first, index_t last, double lower, index_t room) noexcept {
@@ -215,7 +224,7 @@ class store_sampler {
   [[nodiscard]] bool pilot(store_reader<Head>& read) noexcept {
     kernel::scan_query& query = tables_.query;
     const index_t part = std::max<index_t>(32, blocks_ / 8);
-    query.plain = query.floor = query.slack = query.sure = {};
+    query.plain = query.floor = query.slack = query.sure_floor = query.sure = {};
     query.least_reach = -32767;
     query.cut = 0;
     std::array<double, max_group> mass{};
@@ -282,6 +291,12 @@ class store_sampler {
     return true;
   }
 
+  // Score from which on a typical token is a pick: lower than that of its goal where the floor's is.
+  [[nodiscard]] double weighed_from(index_t g) const noexcept {
+    const auto rho = static_cast<double>(codes_.largest_radius(first_block_));
+    return std::min(choice_.plain[at(g)], choice_.floor[at(g)] - shape.z * static_cast<double>(tables_.error(g)) * rho);
+  }
+
   // Thresholds, cut and reach of the current choice.
   void set_thresholds(double lower) noexcept {
     kernel::scan_query& query = tables_.query;
@@ -290,11 +305,13 @@ class store_sampler {
     const float step = tables_.step, least = away > 0 ? std::log(away / codes_.reach_unit()) / step : -32767.0f;
     query.least_reach = static_cast<std::int16_t>(std::clamp(least, -32767.0f, 32767.0f));
     for (index_t g = 0; g < heads_; ++g) {
-      const auto lowered = [&](double nats) {
-        return static_cast<float>(std::min(1e6, (nats - lower) / static_cast<double>(step)));
+      const auto in_steps = [&](double nats) {
+        return static_cast<float>(std::min(1e6, nats / static_cast<double>(step)));
       };
-      query.plain[at(g)] = lowered(choice_.plain[at(g)]);
-      query.floor[at(g)] = lowered(choice_.floor[at(g)] - shape.z * static_cast<double>(tables_.table_error));
+      const double floor = choice_.floor[at(g)] - shape.z * static_cast<double>(tables_.table_error);
+      query.plain[at(g)] = in_steps(choice_.plain[at(g)] - lower);
+      query.floor[at(g)] = in_steps(floor - lower);
+      query.sure_floor[at(g)] = in_steps(floor - std::min(lower, sure_reserve));
       query.slack[at(g)] = static_cast<float>(shape.z) * tables_.error(g) / step;
       query.sure[at(g)] = static_cast<float>(shape.sure) * tables_.error(g) / step;
     }
@@ -345,13 +362,14 @@ class store_sampler {
     return planner.choose(costs, fixed());
   }
 
-  // Weighs the picks of the chosen thresholds, and of lower ones as long as their keys show that this is not enough.
+  // Weighs the picks of the chosen thresholds, and of lower ones as long as their keys show that this is not enough. A
+  // slice that leaves the picks so little that all their values would be read is made longer, where that is cheaper.
   [[nodiscard]] next_step weigh_enough(store_reader<Head>& read, index_t candidates) noexcept {
-    const double weight = static_cast<double>(rows_) / static_cast<double>(choice_.slice);
     std::array<double, max_group> away2{};
     for (index_t g = 0; g < heads_; ++g) away2[at(g)] = estimate_[at(g)].away2;
     const index_t spare = steps(for_floors);
-    for (;;) {
+    for (bool lengthened = false;;) {
+      const double weight = static_cast<double>(rows_) / static_cast<double>(choice_.slice);
       kernel::scan_pick* const all = s_.reader.picks.data();
       const index_t before = picks_;
       picks_ = std::partition(all + before, all + candidates,
@@ -361,7 +379,7 @@ class store_sampler {
       read.set_probabilities(picks_, above_, 1.0f);
       std::array<typename store_reader<Head>::weighed, max_group> found;
       read.look_at_picks(picks_, away2, found);
-      double worst = 0;
+      double worst = 0, longer = 1;
       bool again = false;
       goals_.fill(std::numeric_limits<double>::infinity());
       for (index_t g = 0; g < heads_; ++g) {
@@ -372,14 +390,23 @@ class store_sampler {
         const double slice = weight * (weight - 1) * (light.spread + light.square * e.away2);
         const double goal = squeeze_[at(g)] * thin_margin / known_variance_radius2(e.dimension) * goal2(e) * d * d;
         goals_[at(g)] = std::max(goal - slice, 0.2 * goal);  // a slice that is too short is for the judge
-        const double need = found[at(g)].variance / goals_[at(g)];
+        // With the quantile's part for few effective terms, as store_planner has it.
+        const auto& picks = found[at(g)];
+        const double sure = picks.variance > 0 ? picks.variance + 4 * picks.fourth / picks.variance : 0;
+        const double need = sure / goals_[at(g)];
+        if (need > 0.75) longer = std::max(longer, slice / (0.4 * goal));
         worst = std::max(worst, need);
-        if (need > 1.1 && found[at(g)].variance > 0.5 * goal) {  // else a longer slice is cheaper
+        if (need > 1.1 && sure > 0.5 * goal) {  // else a longer slice is cheaper
           again = true;
-          if (above_ == 0)
-            choice_.plain[at(g)] =
-                std::min(choice_.plain[at(g)], choice_.floor[at(g)]) - std::log(need / worth_thinning);
+          if (above_ == 0) choice_.plain[at(g)] = weighed_from(g) - std::log(need / worth_thinning);
         }
+      }
+      if (longer > 1 && !lengthened &&
+          (longer - 1) * static_cast<double>(choice_.slice) < static_cast<double>(picks_) / 2) {
+        lengthened = true;
+        lengthen_slice(longer);
+        if (!read_slice(read)) return next_step::give_up;
+        continue;
       }
       if (worst <= worth_thinning || picks_ <= few_picks || (above_ <= spare && !again)) return next_step::extend;
       if (above_ == 0) return next_step::scan;
@@ -408,12 +435,15 @@ class store_sampler {
     return root * root * root;
   }
 
-  // How much lower the thresholds of what was weighed ought to be for the floors, nats: 0 or less where they hold.
+  // How much lower the thresholds of what was weighed ought to be for the floors, nats: 0 or less where they hold, and
+  // infinity where keys are missing that were to be certain.
   [[nodiscard]] double uncovered(index_t g, double floor, double away) const noexcept {
     const double weighed =
         choice_.floor[at(g)] - reserve + static_cast<double>(above_) * static_cast<double>(tables_.step);
     // Levels have max(r, away_): keys whose r is less are too low by as much as away_ is.
-    return weighed - (floor + 0.35) + std::max(0.0, std::log(0.8 * away / std::max<double>(away_[at(g)], 1e-30)));
+    const double want = floor + 0.35 - std::max(0.0, std::log(0.8 * away / std::max<double>(away_[at(g)], 1e-30)));
+    if (choice_.floor[at(g)] - sure_reserve > want) return std::numeric_limits<double>::infinity();
+    return weighed - want;
   }
 
   // Writes what is verified, and sets the next choice for the rest: more values and a longer slice where that is
@@ -483,7 +513,7 @@ class store_sampler {
       const double factor = left > 0 ? 1.05 * e.light_variance / left : 1e9;
       if (factor > 4) {
         next = next_step::scan;
-        wanted_plain[at(g)] -= std::log(e.variance / goal_variance);
+        wanted_plain[at(g)] = weighed_from(g) - std::log(e.variance / goal_variance);
         more = std::max(more, e.variance / goal_variance);
       } else {
         longer = std::max(longer, factor);
@@ -491,8 +521,7 @@ class store_sampler {
     }
     above_ = std::max<index_t>(0, lowest);
     const double grow = std::max(longer, next == next_step::scan ? std::min(more, 2.0) : 1.0);
-    const auto wanted = static_cast<index_t>(grow * static_cast<double>(choice_.slice));
-    choice_.slice = std::min(rows_, (wanted + kernel::scan_keys - 1) / kernel::scan_keys * kernel::scan_keys);
+    lengthen_slice(grow);
     if (next == next_step::scan) {
       choice_.share = static_cast<double>(choice_.slice) / static_cast<double>(rows_);
       choice_.floor = wanted_floor, choice_.plain = wanted_plain, away_ = wanted_away;
@@ -532,6 +561,8 @@ class store_sampler {
   // Nats by which the scan's thresholds are lower than the plan's; those between are weighed if the rest is not enough,
   // the last of them only where otherwise another scan would follow: mostly for floors that the pilot took for higher.
   static constexpr double reserve = 0.9, held_back = 0.72, for_floors = 0.3;
+  // The same for keys that are certain, which are weighed whatever else is: there are many, and few are worth a value.
+  static constexpr double sure_reserve = 0.45;
   static constexpr index_t few_picks = 256;  // that are not worth thinning
 
   head_group<Head>& group_;
@@ -548,6 +579,7 @@ class store_sampler {
   std::array<double, max_group> squeeze_{};
   std::array<double, kernel::scan_heads> goals_{};  // variances that the slice leaves to the picks
   index_t picks_ = 0, above_ = 0;                   // weighed, by how many steps their thresholds are above the scan's
+  index_t slice_read_ = 0;                          // blocks of the slice that are in the sums
   std::array<bool, max_group> done_{};
   std::array<strata_estimate, max_group> estimate_{};
   store_choice choice_{};

@@ -194,9 +194,10 @@ class store_reader {
     }
   }
 
-  /// What weighing found of a head: Σ x/π₁, and the variance Σ (x R)²/π₁·(1/π₁ − 1) if all values are read.
+  /// What weighing found of a head: Σ x/π₁, the variance Σ t (x R)² if all values are read, t = 1/π₁·(1/π₁ − 1), and
+  /// Σ t² (x R)⁴, by which it rests on few picks.
   struct weighed {
-    double x = 0, variance = 0;
+    double x = 0, variance = 0, fourth = 0;
   };
   /// `away2` [heads]: ‖ô − c‖², R² = r² + that. Prepares `read_picks`.
   void look_at_picks(index_t picks, const std::array<double, max_group>& away2,
@@ -215,7 +216,8 @@ class store_reader {
       Eigen::Map<Eigen::ArrayXf> w(to, picks);
       const auto x = static_cast<double>((w * inverse).sum());
       w *= (r2 + static_cast<float>(away2[at(h)])).sqrt();
-      found[at(h)] = {x, static_cast<double>((w.square() * inverse * (inverse - 1)).sum())};
+      const auto term = w.square() * inverse * (inverse - 1);
+      found[at(h)] = {x, static_cast<double>(term.sum()), static_cast<double>(term.square().sum())};
     }
   }
 

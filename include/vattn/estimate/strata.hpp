@@ -125,30 +125,22 @@ class stratum {
       tilted_spread_[at(h)] += static_cast<double>((to * reach).sum());
     }
     kernel::block_add<T>(how, scratch, heads_, values, dv_, storage_.data() + heads_ * dv_);
+    Eigen::Array<float, kernel::block_rows, 1> root = factor.sqrt();  // and a sign, the same for all heads
+    for (int i = 0; i < static_cast<int>(kernel::block_rows); ++i) root[i] = coins >> i & 1 ? root[i] : -root[i];
+    using part_of_block = Eigen::Array<float, sign_rows, 1>;
     for (index_t from = 0; from < values.count; from += sign_rows) {
       const index_t count = std::min(sign_rows, values.count - from), g = signed_rows_ / sign_rows % sign_groups;
+      const Eigen::Map<const part_of_block> sign(root.data() + from), far(r2 + from);
       for (index_t h = 0; h < heads_; ++h) {
-        float *to = scratch + h * kernel::block_rows, sum = 0, square = 0, spread = 0;
-        for (index_t i = 0; i < count; ++i) {
-          const index_t row = from + i;
-          const float z = std::sqrt(t[row]) * x[h * kernel::block_rows + row];
-          to[i] = coins >> row & 1 ? z : -z;
-          sum += to[i];
-          square += z * z;
-          spread += z * z * r2[row];
-        }
-        signed_x_[at(g)][at(h)] += static_cast<double>(sum);
-        sign_square_[at(g)][at(h)] += static_cast<double>(square);
-        sign_spread_[at(g)][at(h)] += static_cast<double>(spread);
+        const Eigen::Map<const part_of_block> xs(x + h * kernel::block_rows + from);
+        Eigen::Map<part_of_block> z(scratch + h * kernel::block_rows);
+        z = sign * xs;
+        const part_of_block square = z.square();
+        signed_x_[at(g)][at(h)] += static_cast<double>(z.sum());
+        sign_square_[at(g)][at(h)] += static_cast<double>(square.sum());
+        sign_spread_[at(g)][at(h)] += static_cast<double>((square * far).sum());
       }
-      kernel::block_of_rows part = values;
-      part.count = count;
-      if (part.index) {
-        part.index += from;
-      } else {
-        part.first += from * part.stride;
-      }
-      kernel::block_add<T>(how, scratch, heads_, part, dv_, signs(g, 0));
+      kernel::block_add<T>(how, scratch, heads_, values.part(from, count), dv_, signs(g, 0));
       signed_rows_ += sign_rows;
     }
   }

@@ -118,17 +118,16 @@ using scan_function = index_t (*)(const scan_query&, const code_blocks&, index_t
   return scan_blocks_portable;
 }
 
-inline scan_pick pick_of(const scanned_block& b, const scan_query& q, const code_blocks& codes, index_t block,
-                         int lane) noexcept {
+// Each member is stored once: a pick put together elsewhere and copied waits for its small stores.
+inline void pick(const scanned_block& b, const scan_query& q, const code_blocks& codes, index_t block, int lane,
+                 scan_pick& p) noexcept {
   const std::int16_t* lanes = block_lanes(codes, codes.first + static_cast<std::size_t>(block) * codes.stride);
-  scan_pick p{};
   p.reach = lanes[scan_keys + lane];
   p.radius = static_cast<std::uint16_t>(lanes[2 * scan_keys + lane]);
   p.row = static_cast<std::uint32_t>(block * scan_keys + (lane < 32 ? 2 * lane : 2 * (lane - 32) + 1));
   p.level = b.level[lane];
   p.margin = saturate(p.level + multiply_round(b.noise[lane], q.noise_factor));
-  for (int h = 0; h < q.heads; ++h) p.score[static_cast<std::size_t>(h)] = b.score[h][lane];
-  return p;
+  for (int h = 0; h < scan_heads; ++h) p.score[static_cast<std::size_t>(h)] = b.score[h][lane];
 }
 
 }  // namespace detail
@@ -154,12 +153,12 @@ inline void inclusion(isa how, std::int16_t noise_factor, int highest, index_t n
 [[nodiscard]] inline index_t scan(isa how, const scan_query& q, const code_blocks& codes, index_t first, index_t last,
                                   scan_pick* out, index_t have, index_t capacity) noexcept {
   const detail::scan_function function = detail::scan_for(how);
-  detail::scanned_block b;
+  detail::scanned_block b{};  // scores of heads that are not there are 0
   for (index_t block = function(q, codes, first, last, false, b); block < last;
        block = function(q, codes, block + 1, last, false, b)) {
     if (have + scan_keys > capacity) return -1;
     std::uint64_t mask = std::uint64_t{b.odd} << 32 | b.even;
-    for (; mask != 0; mask &= mask - 1) out[have++] = detail::pick_of(b, q, codes, block, std::countr_zero(mask));
+    for (; mask != 0; mask &= mask - 1) detail::pick(b, q, codes, block, std::countr_zero(mask), out[have++]);
   }
   return have;
 }

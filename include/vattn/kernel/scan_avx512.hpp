@@ -60,7 +60,7 @@ VATTN_SCAN_INLINE void add_groups(const std::byte* planes, const std::uint8_t* t
 
 // As block_thresholds, for all heads at once: threshold in places 0-7 of `out`, certain in 8-15.
 struct threshold_vectors {
-  __m512d plain, floor, slack, sure;
+  __m512d plain, floor, slack, sure_floor, sure;
 };
 VATTN_SCAN_INLINE __m512d as_doubles(const std::array<float, scan_heads>& x) noexcept {
   return _mm512_maskz_cvtps_pd(0xff, _mm256_loadu_ps(x.data()));
@@ -76,7 +76,7 @@ VATTN_SCAN_INLINE void vector_thresholds(const threshold_vectors& v, float radiu
   const __m512d low = _mm512_sub_pd(v.floor, _mm512_mul_pd(v.slack, rho));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(out), whole_steps(_mm512_maskz_min_pd(0xff, low, v.plain)));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 8),
-                   whole_steps(_mm512_sub_pd(v.floor, _mm512_mul_pd(v.sure, rho))));
+                   whole_steps(_mm512_sub_pd(v.sure_floor, _mm512_mul_pd(v.sure, rho))));
 }
 
 template <int H>
@@ -86,6 +86,8 @@ VATTN_SCAN_INLINE void scan_block_512(const scan_query& q, const threshold_vecto
   const std::byte* lanes = at + static_cast<std::size_t>(codes.planes) * scan_keys;
   // A core alone does not ask for enough lines to get what the memory can deliver.
   prefetch_row<2>(at + 8 * codes.stride, codes.stride);
+  // Numbers of a block lie anywhere in their table, which the codes keep pushing out of the first cache.
+  prefetch_row(reinterpret_cast<const std::byte*>(noise() + noise_place(q.numbers, block + 4)), 2 * scan_keys + 64);
   std::int16_t threshold[2 * scan_heads];
   const std::int16_t* certain = threshold + scan_heads;
   vector_thresholds(v, block_radius(codes, at), threshold);
@@ -139,7 +141,8 @@ VATTN_SCAN_INLINE void scan_block_512(const scan_query& q, const threshold_vecto
 template <int H>
 VATTN_SCAN inline index_t scan_heads_512(const scan_query& q, const code_blocks& codes, index_t first, index_t last,
                                          bool all, scanned_block& out) noexcept {
-  const threshold_vectors v{as_doubles(q.plain), as_doubles(q.floor), as_doubles(q.slack), as_doubles(q.sure)};
+  const threshold_vectors v{as_doubles(q.plain), as_doubles(q.floor), as_doubles(q.slack), as_doubles(q.sure_floor),
+                            as_doubles(q.sure)};
   for (; first < last; ++first) {
     scan_block_512<H>(q, v, codes, first, out);
     if (all || (out.even | out.odd) != 0) break;

@@ -30,7 +30,7 @@ struct code_blocks {
 //             score_h + max(reach, least_reach) >= certain_h(block): the largest log inclusion probability that a head
 //             gives the key, cut at ±2^15 steps
 //   taken   ⟺ level + noise >= 0 and level >= cut, noise = −ln u in steps, u the key's number of this call
-//   threshold_h(block) = min(plain_h, floor_h − slack_h·ρ(block)),   certain_h(block) = floor_h − sure_h·ρ(block)
+//   threshold_h(block) = min(plain_h, floor_h − slack_h·ρ(block)),   certain_h(block) = sure_floor_h − sure_h·ρ(block)
 // so that a key's probability is π = min(1, e^{level·step}) exactly: see `inclusion`.
 
 /// What a scan asks. Spans are the caller's.
@@ -39,12 +39,12 @@ struct scan_query {
       nullptr;  ///< [heads][groups][64], each at most `largest_entry`, a key's sum at most `largest_sum`
   int heads = 0;
   std::array<std::int16_t, scan_heads> bias{};
-  std::array<float, scan_heads> plain{}, floor{}, slack{}, sure{};  ///< steps; the last two a unit of ρ
-  std::int16_t noise_factor = 0, reach_factor = 0;                  ///< 2^15·steps a unit of 1/1024 and 1/512 nat
-  std::int16_t least_reach = 0;                                     ///< steps
-  std::int16_t cut = 0;                                             ///< steps
-  std::int16_t sure_level = 0;                                      ///< steps, >= 0: of keys that are certain
-  std::uint64_t numbers = 0;                                        ///< names the call's numbers u
+  std::array<float, scan_heads> plain{}, floor{}, slack{}, sure_floor{}, sure{};  ///< steps; slack and sure a unit of ρ
+  std::int16_t noise_factor = 0, reach_factor = 0;  ///< 2^15·steps a unit of 1/1024 and 1/512 nat
+  std::int16_t least_reach = 0;                     ///< steps
+  std::int16_t cut = 0;                             ///< steps
+  std::int16_t sure_level = 0;                      ///< steps, >= 0: of keys that are certain
+  std::uint64_t numbers = 0;                        ///< names the call's numbers u
 
   /// Eight of them fit a byte.
   static constexpr int largest_entry = 31;
@@ -99,7 +99,7 @@ inline void block_thresholds(const scan_query& q, float radius, std::int16_t* ou
     const auto i = static_cast<std::size_t>(h);
     const auto floor = static_cast<double>(q.floor[i]);
     out[h] = whole(std::min(static_cast<double>(q.plain[i]), floor - static_cast<double>(q.slack[i]) * rho));
-    certain[h] = whole(floor - static_cast<double>(q.sure[i]) * rho);
+    certain[h] = whole(static_cast<double>(q.sure_floor[i]) - static_cast<double>(q.sure[i]) * rho);
   }
 }
 

@@ -7,6 +7,7 @@
 #include <limits>
 #include <span>
 
+#include "vattn/kernel/block.hpp"
 #include "vattn/kernel/plan_sums.hpp"
 #include "vattn/kernel/row.hpp"
 #include "vattn/kernel/scan.hpp"
@@ -217,11 +218,11 @@ class store_planner {
     const float scale = (score + reach).maxCoeff();
     scale_[at(h)] = static_cast<double>(scale);
     map q = column(h, 0), r = column(h, 1), g = column(h, 2), f = column(h, 3), weight = column(h, 4);
-    for (index_t which = 0; which < 5; ++which)
-      std::fill(term(h, which) + rows_.size(), term(h, which) + padded(), 0.0f);
-    g = (scale - score - reach).min(80.0f).exp();
+    g = (scale - score - reach).min(80.0f);
+    exponentials(g);
     const auto sigma = real(goal.error) * rows_[plan_rows::radius].array();
-    f = (real(goal.floor) - score - reach - real(goal.z) * sigma).min(80.0f).max(0.0f).exp();
+    f = (real(goal.floor) - score - reach - real(goal.z) * sigma).min(80.0f).max(0.0f);
+    exponentials(f);
     // What its score may hide for certain is read for certain.
     f = ((score + reach + real(goal.sure) * sigma) >= real(goal.floor)).select(map::Ones(f.size()), f);
     // x² by what the score says of it, l | s ~ N(mean + β(s − mean), βσ²), β = 1 − σ²/var(s): one row of the pilot that
@@ -232,14 +233,30 @@ class store_planner {
     const double beta = goal.variance > 0 ? std::clamp(1 - typical / goal.variance, 0.2, 1.0) : 1.0;
     q = real(goal.mean) + real(beta) * (score - real(goal.mean)) + real(beta / 2) * sigma.square();
     const float top = q.maxCoeff();
-    const float modelled = (w * (q - top).exp()).sum();
-    const float seen = (w * (rows_[rows_.logits_of(h)].array() - goal.reference).max(-80.0f).exp()).sum();
+    const auto sum_of_exponentials = [&] {  // of r, weighted
+      exponentials(r);
+      return (w * r).sum();
+    };
+    r = q - top;
+    const float modelled = sum_of_exponentials();
+    r = (rows_[rows_.logits_of(h)].array() - goal.reference).max(-80.0f);
+    const float seen = sum_of_exponentials();
     const float scale_x = modelled > 0 ? seen / modelled : 0.0f;
-    q = (2 * (q - top).max(-40.0f) + real(beta) * sigma.square()).exp() * (scale_x * scale_x) *
-        (rows_[plan_rows::reach2].array() + real(goal.away2)) * w;
+    q = (2 * (q - top).max(-40.0f) + real(beta) * sigma.square()).min(80.0f);
+    exponentials(q);
+    q *= (scale_x * scale_x) * (rows_[plan_rows::reach2].array() + real(goal.away2)) * w;
     r = q.square() / w;
     weight = w;
     total_[at(h)] = static_cast<double>(q.sum());
+    for (index_t which = 0; which < 5; ++which)
+      std::fill(term(h, which) + rows_.size(), term(h, which) + padded(), 0.0f);
+  }
+
+  // Of a column, whose padding is overwritten.
+  void exponentials(map& x) const noexcept {
+    const index_t n = rows_.size();
+    for (index_t from = 0; from < n; from += kernel::block_rows)
+      static_cast<void>(kernel::block_exponentials(how_, x.data() + from, std::min(kernel::block_rows, n - from), 0));
   }
 
   [[nodiscard]] kernel::plan_totals sums(index_t h, bool group, double a, double share, bool picks) const noexcept {

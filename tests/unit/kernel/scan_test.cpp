@@ -128,7 +128,7 @@ naive_key naive(const random_scan& s, index_t block, int key) {
     k.score.push_back(product(saturated(16 * sum + s.q.bias[i]), number(0)));
     const double rho = static_cast<double>(largest);
     const auto steps = [](double t) { return std::trunc(std::clamp(t, -32767.0, 32767.0)); };
-    const double floor = s.q.floor[i] - s.q.slack[i] * rho, least = s.q.floor[i] - s.q.sure[i] * rho;
+    const double floor = s.q.floor[i] - s.q.slack[i] * rho, least = s.q.sure_floor[i] - s.q.sure[i] * rho;
     const double threshold = steps(std::min(static_cast<double>(s.q.plain[i]), floor)), certain = steps(least);
     k.level = std::max(k.level, saturated(k.score.back() - threshold));
     sure = sure || saturated(k.score.back() + k.reach) >= certain;
@@ -214,7 +214,8 @@ TEST_CASE("scores, levels and picks are those of the specification", "[kernel][s
 
 TEST_CASE("a block with a key that is not finite is taken whole", "[kernel][scan]") {
   random_scan s(128, 2, 5);
-  for (std::size_t h = 0; h < 2; ++h) s.q.plain[h] = s.q.floor[h] = 30000, s.q.slack[h] = s.q.sure[h] = 1;
+  for (std::size_t h = 0; h < 2; ++h)
+    s.q.plain[h] = s.q.floor[h] = s.q.sure_floor[h] = 30000, s.q.slack[h] = s.q.sure[h] = 1;
   s.q.least_reach = -2000;
   for (const isa how : available()) {
     const std::vector<scan_pick> picks = s.picks(how);
@@ -281,7 +282,7 @@ TEST_CASE("keys are taken as often as is stated, over calls", "[kernel][scan]") 
   random_scan s(128, 1, 77, 1);
   s.q.noise_factor = 640;  // a step of 1/20 nat
   s.q.cut = -20 * 8;
-  s.q.plain[0] = -40, s.q.floor[0] = 32000, s.q.slack[0] = s.q.sure[0] = 0;
+  s.q.plain[0] = -40, s.q.floor[0] = s.q.sure_floor[0] = 32000, s.q.slack[0] = s.q.sure[0] = 0;
   s.q.bias[0] = 0;
   auto* lanes = reinterpret_cast<std::int16_t*>(s.bytes.data() + s.view.planes * scan_keys);
   for (int i = 0; i < scan_keys; ++i) {  // scores from 0 up by little, reaches that spread levels over the noise
