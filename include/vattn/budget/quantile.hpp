@@ -45,7 +45,7 @@ namespace vattn::budget {
     if (std::abs(next - x) <= 1e-5 * x) return next;
     x = next;
   }
-  return x;
+  return high;  // a delta below 1e-25 may take more steps: too large a quantile breaks no promise
 }
 
 /// q such that (estimate − truth)² / V̂ <= q with probability 1 − delta, for an error with effective

@@ -90,3 +90,15 @@ TEST_CASE("F quantiles fall with delta and with the degrees of freedom of the va
     }
   }
 }
+
+TEST_CASE("F quantiles of a delta that is hardly one are never too small", "[budget][quantile]") {
+  for (const double delta : {1e-12, 1e-20, 1e-26, 1e-30, 1e-100, 1e-300}) {
+    for (const double nu1 : {1.0, 8.0, 128.0}) {
+      for (const double nu2 : {1.0, 3.0, 30.0, 1e4}) {
+        CAPTURE(delta, nu1, nu2);
+        // Infinite where it is out of reach: then nothing is verified.
+        CHECK(budget::f_upper_tail(budget::f_quantile(delta, nu1, nu2), nu1, nu2) <= 1.001 * delta);
+      }
+    }
+  }
+}

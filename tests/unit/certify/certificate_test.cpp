@@ -37,7 +37,9 @@ TEST_CASE("names of targets and guarantees", "[certify]") {
   CHECK(std::strcmp(to_string(target_kind::output), "output") == 0);
   CHECK(std::strcmp(to_string(guarantee::asymptotic), "asymptotic") == 0);
   CHECK(std::strcmp(to_string(guarantee::finite_sample), "finite-sample") == 0);
+  CHECK(std::strcmp(to_string(guarantee::deterministic), "deterministic") == 0);
   CHECK(std::strcmp(to_string(guarantee::exact), "exact") == 0);
+  CHECK(std::strcmp(to_string(vattn::error_scale::output), "output") == 0);
   CHECK(std::strcmp(to_string(vattn::error_scale::rms), "rms") == 0);
   // An asymptotic bound never reads as a finite-sample one.
   CHECK(contains(vattn::budget::clt::assumptions, "asymptotic"));
