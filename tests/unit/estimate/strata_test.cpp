@@ -223,3 +223,42 @@ TEST_CASE("a stratum's dimension is that of its values", "[estimate][strata]") {
   CHECK_THAT(inverse_mean(8, 1, 0), WithinRel(16.0 * 16 / (81 + 7), 0.2));
   CHECK(inverse_mean(8, 20) < 2);  // 1.04, but for the scatter of eight sums
 }
+
+TEST_CASE("a stratum of gathered rows is that of the same rows side by side", "[estimate][strata]") {
+  constexpr index_t dv = 5, spread = 3;
+  constexpr auto width = static_cast<std::size_t>(dv);
+  std::mt19937 random(9);
+  std::normal_distribution<float> normal;
+  std::vector<float> values(spread * block_rows * width), packed(block_rows * width), x(heads * block_rows),
+      w(block_rows), t(block_rows), r2(block_rows), scratch(heads * block_rows);
+  for (float& v : values) v = normal(random);
+  std::vector<vattn::ordinal> index(block_rows);
+  for (std::size_t i = 0; i < index.size(); ++i) {
+    index[i] = static_cast<vattn::ordinal>(spread * (index.size() - 1 - i));
+    std::copy_n(values.data() + index[i] * width, width, packed.data() + i * width);
+    w[i] = 2, t[i] = 2,
+    r2[i] = static_cast<float>(
+        distance2({packed.data() + i * width, packed.data() + (i + 1) * width}, std::vector<float>(width)));
+    for (std::size_t h = 0; h < heads; ++h) x[h * block_rows + i] = std::exp(normal(random));
+  }
+  const auto rows = [](const std::vector<float>& of) {
+    return vattn::kernel::strided_rows{reinterpret_cast<const std::byte*>(of.data()), dv * 4};
+  };
+  const auto how = vattn::kernel::active_isa();
+  const std::uint64_t coins = random() | std::uint64_t{random()} << 32;
+  std::vector<float> memory[2];
+  vattn::stratum sums[2];
+  for (std::size_t k = 0; k < 2; ++k) {
+    memory[k].resize(vattn::stratum::storage_size(heads, dv));
+    sums[k] = vattn::stratum(memory[k], heads, dv);
+    const vattn::kernel::block_of_rows block =
+        k == 0 ? vattn::kernel::block_of_rows(rows(packed), 0, block_rows)
+               : vattn::kernel::block_of_rows::gathered(rows(values), index.data(), block_rows);
+    sums[k].add<float>(how, x.data(), w.data(), t.data(), r2.data(), block, coins, scratch.data());
+  }
+  // Every vector: the sums, the tilts and the signed groups.
+  for (std::size_t i = 0; i < memory[0].size(); ++i) CHECK_THAT(memory[1][i], WithinAbs(memory[0][i], 1e-4f));
+  const std::vector<float> origin(width);
+  CHECK_THAT(sums[1].dimension(0, origin.data(), 1), WithinRel(sums[0].dimension(0, origin.data(), 1), 1e-4));
+  CHECK(sums[0].dimension(0, origin.data(), 1) > 1);
+}
