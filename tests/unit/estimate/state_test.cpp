@@ -146,48 +146,53 @@ TEST_CASE("base-2 log-sum-exp", "[estimate][state]") {
   CHECK_THAT(static_cast<double>(vattn::log2_sum_exp(std::log(8.0f))), WithinRel(3.0, 1e-6));
 }
 
+// Keys wider than widest_blocked are read one by one, as all rows without strides are.
 TEST_CASE("accumulate_exact at every block boundary, with power", "[estimate][exact]") {
-  for (const index_t n : {0, 1, 2, 63, 64, 65, 127, 128, 511, 512, 513, 1023, 1025, 1600}) {
-    CAPTURE(n);
-    problem<float> p({.n = n, .dk = 8, .dv = 3}, static_cast<unsigned>(n) + 1, 6);
-    const auto cache = p.cache();
-    const auto dv = opaque(std::size_t{3});
-    std::vector<float> q = p.q, a(dv), b(dv), out(dv);
-    for (float& x : q) x *= p.options.scale;
-    const vattn::query_row<decltype(cache.head(0, 0))> row{.head = cache.head(0, 0), .scaled_query = q.data()};
-    softmax_state state(a), part(b);
-    REQUIRE(vattn::accumulate_exact(
-        row, n, [](index_t i) { return i; }, state, part, true));
-    const auto want = vattn::reference::attend(p.exactly(), 0, 0, 0);
-    const auto lse = static_cast<double>(state.finish(out));
-    CHECK((lse == want.log_sum_exp || std::abs(lse - want.log_sum_exp) < 4e-6));
-    CHECK(vattn::reference::relative_error(out.data(), want.output) < 2e-6);
-    double power = 0;
-    for (std::size_t i = 0; i < want.tokens.size(); ++i) {
-      for (std::size_t j = 0; j < 3; ++j) {
-        const auto v = static_cast<double>(p.v[i * 3 + j]);
-        power += std::exp(want.logits[i] - want.max_logit) * v * v / want.denominator;
+  for (const index_t dk : {index_t{8}, vattn::widest_blocked + 16}) {
+    for (const index_t n : {0, 1, 2, 63, 64, 65, 127, 128, 511, 512, 513, 1023, 1025, 1600}) {
+      CAPTURE(dk, n);
+      problem<float> p({.n = n, .dk = dk, .dv = 3}, static_cast<unsigned>(n) + 1, dk == 8 ? 6 : 2);
+      const auto cache = p.cache();
+      const auto dv = opaque(std::size_t{3});
+      std::vector<float> q = p.q, a(dv), b(dv), out(dv);
+      for (float& x : q) x *= p.options.scale;
+      const vattn::query_row<decltype(cache.head(0, 0))> row{.head = cache.head(0, 0), .scaled_query = q.data()};
+      softmax_state state(a), part(b);
+      REQUIRE(vattn::accumulate_exact(
+          row, n, [](index_t i) { return i; }, state, part, true));
+      const auto want = vattn::reference::attend(p.exactly(), 0, 0, 0);
+      const auto lse = static_cast<double>(state.finish(out));
+      CHECK((lse == want.log_sum_exp || std::abs(lse - want.log_sum_exp) < 4e-6));
+      CHECK(vattn::reference::relative_error(out.data(), want.output) < 2e-6);
+      double power = 0;
+      for (std::size_t i = 0; i < want.tokens.size(); ++i) {
+        for (std::size_t j = 0; j < 3; ++j) {
+          const auto v = static_cast<double>(p.v[i * 3 + j]);
+          power += std::exp(want.logits[i] - want.max_logit) * v * v / want.denominator;
+        }
       }
+      if (n > 0) CHECK_THAT(state.power() / state.denominator(), WithinRel(power, 5e-6));
     }
-    if (n > 0) CHECK_THAT(state.power() / state.denominator(), WithinRel(power, 5e-6));
   }
 }
 
 TEST_CASE("accumulate_exact reads the tokens that it is given, and no others", "[estimate][exact]") {
-  problem<float> p({.n = 50, .dk = 4, .dv = 4}, 9);
-  for (index_t i = 0; i < 50; ++i) {
-    if (i % 3 != 0) p.k[static_cast<std::size_t>(4 * i)] = p.v[static_cast<std::size_t>(4 * i)] = not_a_number;
+  for (const index_t dk : {index_t{4}, vattn::widest_blocked + 16}) {
+    problem<float> p({.n = 50, .dk = dk, .dv = 4}, 9);
+    for (index_t i = 0; i < 50; ++i) {
+      if (i % 3 != 0) p.k[static_cast<std::size_t>(dk * i)] = p.v[static_cast<std::size_t>(4 * i)] = not_a_number;
+    }
+    const auto cache = p.cache();
+    std::vector<float> a(4), b(4), out(4);
+    const vattn::query_row<decltype(cache.head(0, 0))> row{.head = cache.head(0, 0), .scaled_query = p.q.data()};
+    softmax_state state(a), part(b);
+    REQUIRE(vattn::accumulate_exact(
+        row, 17, [](index_t i) { return 3 * i; }, state, part, false));
+    state.finish(out);
+    for (const float x : out) CHECK(std::isfinite(x));
+    CHECK_FALSE(vattn::accumulate_exact(
+        row, 17, [](index_t i) { return 3 * i + 1; }, state, part, false));
   }
-  const auto cache = p.cache();
-  std::vector<float> a(4), b(4), out(4);
-  const vattn::query_row<decltype(cache.head(0, 0))> row{.head = cache.head(0, 0), .scaled_query = p.q.data()};
-  softmax_state state(a), part(b);
-  REQUIRE(vattn::accumulate_exact(
-      row, 17, [](index_t i) { return 3 * i; }, state, part, false));
-  state.finish(out);
-  for (const float x : out) CHECK(std::isfinite(x));
-  CHECK_FALSE(vattn::accumulate_exact(
-      row, 17, [](index_t i) { return 3 * i + 1; }, state, part, false));
 }
 
 TEST_CASE("a learned sink adds to the denominator alone", "[estimate][exact]") {
