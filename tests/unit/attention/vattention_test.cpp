@@ -33,6 +33,19 @@ struct sample_alone : vattn::default_policy {
   using selector = vattn::select::none;
 };
 
+struct unsure : vattn::select::top_k<> {
+  template <class Row>
+  vattn::score_result score(const Row& row, const vattn::population& tokens,
+                            const vattn::score_buffers& out) const noexcept {
+    const vattn::score_result r = top_k::score(row, tokens, out);
+    out.scores[1234] = not_a_number;
+    return r;
+  }
+};
+struct one_score_unknown : vattn::default_policy {
+  using selector = unsure;
+};
+
 bool same(const vattn::certificate& a, const vattn::certificate& b) {
   return a.n == b.n && a.rows_exact == b.rows_exact && a.rows_sampled == b.rows_sampled && a.budget == b.budget &&
          a.log_denominator == b.log_denominator && a.denominator_error == b.denominator_error &&
@@ -297,6 +310,29 @@ TEST_CASE("NaN and infinity in what is read are reported, for every policy that 
       CHECK(contains(s.message(), "batch 0, query 0, head 1"));
     }
   }
+}
+
+TEST_CASE("what is read for certain is told where it is not finite, without a selector that sees it", "[vattention]") {
+  for (const index_t token : {2, 2990}) {  // sink, window
+    for (const bool in_key : {true, false}) {
+      problem<float> p({.n = 3000, .dk = 8, .dv = 8}, 59);
+      (in_key ? p.k : p.v)[static_cast<std::size_t>(8 * token + 3)] = not_a_number;
+      results r(p.s);
+      vattn::workspace memory;
+      const vattn::status s =
+          vattn::vattention<sample_alone>(small_config())(p.query(), p.cache(), p.options, r.view(), memory);
+      CAPTURE(token, in_key, s.message());
+      CHECK(s.code() == errc::non_finite);
+    }
+  }
+}
+
+TEST_CASE("one score that is no number: the selector does not know, and every row is read", "[vattention]") {
+  const problem<float> p({.n = 3000, .dk = 8, .dv = 4}, 59);
+  CHECK_FALSE(sparse(p).certificates[0].exact());
+  const results r = sparse<float, one_score_unknown>(p);
+  CHECK(r.certificates[0].exact());
+  CHECK(compare(p, r).output < 5e-6);
 }
 
 TEST_CASE("values without variance: constant, zero, huge and tiny", "[vattention]") {
