@@ -248,3 +248,22 @@ TEST_CASE("NaN and infinity where they are read, silence where they are not", "[
     }
   }
 }
+
+TEST_CASE("more results than one thread is to finish", "[attention][exact]") {
+  problem<float> p({.queries = 700, .heads = 3, .kv_heads = 1, .n = 750, .dk = 8, .dv = 4}, 12);
+  p.options.causal = true;
+  const auto call = [&](results& r, auto&& exec) {
+    vattn::workspace memory;
+    return vattn::exact_attention(p.query(), p.cache(), p.options, r.view(), memory, exec);
+  };
+  results one(p.s), three(p.s);
+  REQUIRE(call(one, vattn::serial_executor()).ok());
+  REQUIRE(call(three, vattn::thread_executor(3)).ok());
+  CHECK(compare(p, one).output < 5e-6);
+  CHECK(one.output == three.output);
+  CHECK(one.log_sum_exp == three.log_sum_exp);
+  p.q[(650 * 3 + 2) * 8] = p.q[(680 * 3 + 1) * 8] = not_a_number;
+  const vattn::status s = call(three, vattn::thread_executor(3));
+  CHECK(s.code() == vattn::errc::non_finite);
+  CHECK(contains(s.message(), "query 650, head 2"));
+}
