@@ -220,6 +220,15 @@ TEST_CASE("an epsilon that sampling cannot reach ends exact", "[vattention]") {
   CHECK(compare(p, r).output < 5e-6);
 }
 
+TEST_CASE("a delta that no quantile reaches ends exact", "[vattention]") {
+  const problem<float> p({.n = 3000, .dk = 8, .dv = 4}, 60);
+  vattn::config c = small_config();
+  c.epsilon = 0.3;
+  CHECK_FALSE(sparse(p, c).certificates[0].exact());
+  c.delta = 1e-30;
+  CHECK(sparse(p, c).certificates[0].exact());
+}
+
 TEST_CASE("accept_last keeps the sample and says that epsilon was not reached", "[vattention]") {
   const problem<float> p({.n = 4000, .dk = 8, .dv = 8}, 56, 2);
   vattn::config c = small_config();
