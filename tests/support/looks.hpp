@@ -108,4 +108,20 @@ struct basic_sampled_head {
 
 using sampled_head = basic_sampled_head<sample::uniform_without_replacement>;
 
+/// The largest sqrt(((t + r)² + along²)/(t² + offset²)) over t >= 0, by trying: r from the ranking's centre to the
+/// point.
+template <class Point>
+[[nodiscard]] double widest(const look& l, Point&& point, double along) {
+  double r2 = 0;
+  for (std::size_t j = 0; j < l.value_centre.size(); ++j)
+    r2 += std::pow(point(j) - static_cast<double>(l.value_centre[j]), 2);
+  const double r = std::sqrt(r2), offset = static_cast<double>(l.scores.value_offset);
+  double most = 1;  // of a value that is infinitely far
+  for (int i = 0; i < 40000; ++i) {
+    const double t = (r + offset) * i / (40000.0 - i);
+    most = std::max(most, ((t + r) * (t + r) + along * along) / (t * t + offset * offset));
+  }
+  return std::sqrt(most);
+}
+
 }  // namespace vattn::test

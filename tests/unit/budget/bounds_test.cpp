@@ -89,6 +89,16 @@ TEMPLATE_TEST_CASE("sample_size is the smallest size that will do", "[budget][bo
   }
 }
 
+TEST_CASE("terms that do not vary need one row, even of a sum of zero", "[budget][bounds]") {
+  sum_evidence e;
+  e.population = 1000;
+  e.sampled = 50;
+  for (const double tau : {0.0, 0.1}) {
+    CHECK(budget::sample_size<budget::clt>(e, tau, 0.1) == 1);
+    CHECK(budget::sample_size<budget::student>(e, tau, 0.1) == 1);
+  }
+}
+
 TEMPLATE_TEST_CASE("a radius falls with m, with delta and with the population, and is 0 for all of it",
                    "[budget][bounds]", budget::clt, budget::student, budget::hoeffding, budget::bernstein) {
   for (const bool scalar : {true, false}) {

@@ -20,6 +20,7 @@ struct looked {
     s.settings.delta = 0.1;
     s.settings.heavy = 0.015;
   }
+  [[nodiscard]] double weight(double logit) const { return std::exp(logit - s.now.reference); }
 };
 
 }  // namespace
@@ -102,36 +103,106 @@ TEST_CASE("the pilot is rounded up and never below the floor", "[budget][targets
   CHECK(budget::denominator::first(1000, 1000, 7, c).heavy == 7);
   c.base = 0.001;
   CHECK(budget::denominator::first(1000, 1000, 7, c).sampled == 10);
-  CHECK(budget::output::first(1000, 1000, 7, c).sampled == 10);
+  c.base = vattn::config::automatic;  // 2 %
+  CHECK(budget::denominator::first(1000, 1000, 7, c).sampled == 20);
+  CHECK(budget::denominator::first(1000, 1001, 7, c).sampled == 21);  // of the residual
 }
 
-TEST_CASE("output: met means achieved, and a larger sample achieves more", "[budget][targets]") {
+TEST_CASE("a contribution bounds every x times a distance, from any point", "[budget][targets]") {
   looked l;
-  l.s.settings.epsilon = 0.05;
-  double last = 1e9;
-  for (const index_t rows : {300, 600, 1200, 2400}) {
-    REQUIRE(l.s.sample.grow(rows));
-    l.s.look();
-    const verdict v = budget::output::judge<budget::clt>(l.s.seen());
-    CAPTURE(rows, v.epsilon_achieved);
-    CHECK(v.epsilon_achieved > 0);
-    CHECK(v.epsilon_achieved < last);
-    CHECK(v.met == (v.epsilon_achieved <= 0.05));
-    if (!v.met) CHECK(v.next.heavy + v.next.sampled > l.s.order.count() + rows);
-    last = v.epsilon_achieved;
+  for (const float offset : {0.05f, 1.0f, 20.0f}) {
+    for (const double away : {0.0, 0.3, 5.0}) {
+      for (const double along : {0.0, 0.7, 4.0}) {
+        CAPTURE(offset, away, along);
+        l.s.scored.value_offset = offset;
+        const auto seen = l.s.seen();
+        const auto point = [&](std::size_t j) {
+          return static_cast<double>(l.s.value_centre[j]) + away * static_cast<double>(j);
+        };
+        CHECK_THAT(budget::reach(seen, point, along), WithinRel(widest(seen, point, along), 1e-6));
+      }
+    }
   }
 }
 
-TEST_CASE("output: relative to RMS where values cancel", "[budget][targets]") {
-  sampled_head s({.n = 3000, .dk = 8, .dv = 6}, 5, 1.0f, {.sinks = 16, .window = 16, .heavy = 40, .rows = 300},
-                 [](problem<float>& p) {
-                   for (float& x : p.v) x -= 1;
-                 });
-  const double to_output = budget::output::judge<budget::clt>(s.seen()).epsilon_achieved;
-  s.settings.scale = vattn::error_scale::rms;
-  const double to_rms = budget::output::judge<budget::clt>(s.seen()).epsilon_achieved;
-  CHECK(to_rms < 0.3 * to_output);
-  CHECK(to_rms > 0);
+TEST_CASE("ranges follow from the kind of score", "[budget][targets]") {
+  looked l;
+  const double bound = l.weight(static_cast<double>(l.s.order.bound()));
+  auto d = budget::denominator_evidence(l.s.seen());
+  auto n = budget::numerator_evidence(l.s.seen());
+  CHECK_THAT(d.radius, WithinRel(bound / static_cast<double>(l.s.scored.value_offset), 1e-9));
+  CHECK_THAT(n.radius, WithinRel(bound * widest(
+                                             l.s.seen(), [](std::size_t) { return 0.0; }, 0),
+                                 1e-6));
+  l.s.scored.kind = vattn::score_kind::logit;
+  d = budget::denominator_evidence(l.s.seen()), n = budget::numerator_evidence(l.s.seen());
+  CHECK_THAT(d.radius, WithinRel(bound, 1e-9));
+  CHECK(std::isinf(n.radius));  // logits say nothing of values
+  l.s.scored.kind = vattn::score_kind::ranking;
+  d = budget::denominator_evidence(l.s.seen()), n = budget::numerator_evidence(l.s.seen());
+  CHECK(std::isinf(d.radius));
+  CHECK(std::isinf(n.radius));
+}
+
+TEST_CASE("a hard bound shares delta among its looks, which follow a schedule", "[budget][targets]") {
+  looked l;
+  l.s.settings.max_rounds = 5;
+  const auto seen = l.s.seen();
+  const auto d = budget::denominator_evidence(seen), n = budget::numerator_evidence(seen);
+  const double D = l.s.now.denominator, norm = std::sqrt(l.s.now.output2) * D;
+  const auto check = [&](const verdict& v, double achieved, double rows) {
+    CHECK_THAT(v.epsilon_achieved, WithinRel(achieved, 1e-9));
+    CHECK(v.budget == static_cast<index_t>(rows));
+    CHECK(v.met == (achieved <= 0.05));
+    CHECK(v.next.heavy == 60);
+    CHECK(v.next.sampled == 600);
+  };
+  check(budget::denominator::judge<budget::bernstein>(seen), budget::bernstein::radius(d, 300, 0.02) / D,
+        budget::sample_size<budget::bernstein>(d, 0.05 * D, 0.02));
+  check(budget::numerator::judge<budget::hoeffding>(seen), budget::hoeffding::radius(n, 300, 0.02) / norm,
+        budget::sample_size<budget::hoeffding>(n, 0.05 * norm, 0.02));
+  CHECK_THAT(budget::denominator_error<budget::bernstein>(seen),
+             WithinRel(budget::bernstein::radius(d, 300, 0.1) / D, 1e-9));
+}
+
+TEST_CASE("the schedule doubles the sample, and the heavy rows where they are free to grow", "[budget][targets]") {
+  looked l;
+  const auto next = [&](vattn::score_kind kind, double heavy) {
+    l.s.scored.kind = kind;
+    l.s.settings.heavy = heavy;
+    const verdict v = budget::scheduled(l.s.seen());
+    CHECK_FALSE(v.met);
+    CHECK(v.budget == 300);
+    CHECK(v.next.sampled == 600);
+    return v.next.heavy;
+  };
+  for (const auto kind : {vattn::score_kind::contribution, vattn::score_kind::logit}) {
+    CHECK(next(kind, vattn::config::automatic) == 120);
+    CHECK(next(kind, 0.015) == 60);
+  }
+  CHECK(next(vattn::score_kind::ranking, vattn::config::automatic) == 60);
+  l.s.extend_heavy(2500);
+  CHECK(next(vattn::score_kind::logit, vattn::config::automatic) == 4000 - 32);  // all that can be ranked
+}
+
+TEST_CASE("a sum without length is never within epsilon of itself", "[budget][targets]") {
+  looked l;
+  l.s.now.output2 = 0;
+  constexpr double infinite = std::numeric_limits<double>::infinity();
+  for (const verdict& v :
+       {budget::numerator::judge<budget::clt>(l.s.seen()), budget::sdpa::judge<budget::clt>(l.s.seen())}) {
+    CHECK(v.epsilon_achieved == infinite);
+    CHECK_FALSE(v.met);
+  }
+  // A denominator that may be 0 bounds no output.
+  looked few;
+  few.s.now.s.A *= 1e4;
+  const auto d = budget::denominator_evidence(few.s.seen());
+  REQUIRE(budget::clt::radius(d, 300, 0.1) > few.s.now.denominator);
+  const verdict v = budget::sdpa::judge<budget::clt>(few.s.seen());
+  CHECK(v.epsilon_achieved == infinite);
+  CHECK_FALSE(v.met);
+  CHECK(v.budget > 300);
 }
 
 namespace {

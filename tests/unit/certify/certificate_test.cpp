@@ -11,6 +11,18 @@ using vattn::test::contains;
 
 TEST_CASE("an empty certificate promises nothing", "[certify]") {
   const certificate c;
+  CHECK(c.n == 0);
+  CHECK(c.rows_exact == 0);
+  CHECK(c.rows_sampled == 0);
+  CHECK(c.budget == 0);
+  CHECK(c.log_denominator == -std::numeric_limits<double>::infinity());
+  CHECK(c.denominator_error == 0);
+  CHECK(c.epsilon == 0);
+  CHECK(c.delta == 0);
+  CHECK(c.epsilon_achieved == 0);
+  CHECK(c.coherence == 0);
+  CHECK(c.breaches == 0);
+  CHECK(c.rounds == 0);
   CHECK(c.rows() == 0);
   CHECK(c.density() == 0);
   CHECK_FALSE(c.exact());
@@ -26,6 +38,25 @@ TEST_CASE("density is rows over visible tokens", "[certify]") {
   c.rows_sampled = 70;
   CHECK(c.rows() == 100);
   CHECK(c.density() == 0.25);
+}
+
+TEST_CASE("all rows read: no error, no chance, whatever was there before", "[certify]") {
+  certificate c;
+  c.n = 400;
+  c.rows_exact = 30;
+  c.rows_sampled = 70;
+  c.epsilon_achieved = c.denominator_error = 0.5;
+  c.saturated = true;
+  c.promise = vattn::guarantee::asymptotic;
+  certify_exact(c);
+  CHECK(c.exact());
+  CHECK(c.rows_exact == 400);
+  CHECK(c.rows_sampled == 0);
+  CHECK(c.density() == 1);
+  CHECK(c.epsilon_achieved == 0);
+  CHECK(c.denominator_error == 0);
+  CHECK_FALSE(c.saturated);
+  CHECK(contains(c.assumptions, "every visible row was read"));
 }
 
 TEST_CASE("names of targets and guarantees", "[certify]") {

@@ -262,3 +262,36 @@ TEST_CASE("a stratum of gathered rows is that of the same rows side by side", "[
   CHECK_THAT(sums[1].dimension(0, origin.data(), 1), WithinRel(sums[0].dimension(0, origin.data(), 1), 1e-4));
   CHECK(sums[0].dimension(0, origin.data(), 1) > 1);
 }
+
+TEST_CASE("a stratum's dimension is that of its terms, whose weights may go with a direction", "[estimate][strata]") {
+  // Rows in turn: π = 1/2 and variance 16 along the first axis, π = 0.162 and variance 1 along the second.
+  // sqrt(t) x (v − o) has the same spread along both.
+  constexpr index_t dv = 8;
+  const std::vector<float> centre(dv, 0.0f);
+  double inverse = 0;
+  constexpr unsigned trials = 200;
+  for (unsigned seed = 0; seed < trials; ++seed) {
+    std::mt19937 random(seed);
+    std::normal_distribution<float> normal;
+    std::vector<float> storage(vattn::stratum::storage_size(heads, dv)), scratch(heads * block_rows);
+    std::vector<float> values(384 * dv, 0.0f);
+    vattn::stratum sums(storage, heads, dv);
+    const vattn::kernel::strided_rows all{reinterpret_cast<const std::byte*>(values.data()), dv * 4};
+    for (index_t first = 0; first < 384; first += block_rows) {
+      std::vector<float> x(heads * block_rows, 1.0f), w(block_rows), t(block_rows), r2(block_rows);
+      for (index_t i = 0; i < block_rows; ++i) {
+        const auto at = static_cast<std::size_t>(i);
+        const bool rare = i % 2 == 1;
+        const float v = normal(random) * (rare ? 1.0f : 4.0f);
+        values[static_cast<std::size_t>((first + i) * dv + (rare ? 1 : 0))] = v;
+        r2[at] = v * v;
+        w[at] = rare ? 6.18f : 2.0f;
+        t[at] = rare ? 32.0f : 2.0f;  // (1 − π)/π²
+      }
+      sums.add<float>(vattn::kernel::active_isa(), x.data(), w.data(), t.data(), r2.data(), {all, first, block_rows},
+                      random() | std::uint64_t{random()} << 32, scratch.data());
+    }
+    inverse += 1 / sums.dimension(0, centre.data(), 0) / trials;
+  }
+  CHECK_THAT(1 / inverse, WithinRel(2, 0.1));
+}
