@@ -306,6 +306,33 @@ TEST_CASE("output: the next look has the fewest rows that this one predicts", "[
   CHECK(doubled > 10);
 }
 
+TEST_CASE("output: of a residual without two sampled rows nothing is predicted", "[budget][output]") {
+  // All sampled rows but `behind` outrank what was not sampled.
+  int further = 0;
+  for (const std::size_t behind : {0u, 1u, 2u, 3u, 6u}) {
+    for (const double part : {0.99, 0.9, 0.8, 0.6, 0.4}) {
+      looked l({.sinks = 16, .window = 16, .heavy = 0, .rows = 20}, 0.5f);
+      const float highest = *std::max_element(l.s.scores.begin(), l.s.scores.end());
+      for (std::size_t i = behind; i < 20; ++i)
+        l.s.scores[l.s.drawn[i].place] = highest + 0.01f * static_cast<float>(i);
+      l.s.scored.kind = score_kind::logit;
+      l.s.settings.scale = vattn::error_scale::rms;
+      l.s.settings.epsilon = 1e-6;
+      l.s.settings.epsilon = part * budget::output::judge<budget::clt>(l.s.seen()).epsilon_achieved;
+      const verdict v = budget::output::judge<budget::clt>(l.s.seen());
+      const split want = planned(l, l.s.settings.epsilon * std::sqrt(l.s.now.power));
+      CAPTURE(behind, part);
+      CHECK_FALSE(v.met);
+      CHECK(v.next.heavy == want.heavy);
+      CHECK(v.next.sampled == want.sampled);
+      if (behind < 2) CHECK(v.next.heavy == 0);
+      if (behind == 2 || behind == 3) further += v.next.heavy > 0;
+    }
+  }
+  CAPTURE(further);
+  CHECK(further > 0);
+}
+
 TEST_CASE("output: with a hard bound, the error of N and D together", "[budget][output]") {
   looked l({.sinks = 16, .window = 16, .heavy = 60, .rows = 3000}, 0.5f);
   l.s.settings.max_rounds = 5;

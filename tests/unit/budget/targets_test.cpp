@@ -2,12 +2,14 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <vector>
 
 #include "support/catch.hpp"
 #include "support/looks.hpp"
 
 using namespace vattn::test;
 using vattn::index_t;
+using vattn::ordinal;
 using vattn::verdict;
 namespace budget = vattn::budget;
 
@@ -24,6 +26,59 @@ struct looked {
 };
 
 }  // namespace
+
+TEST_CASE("evidence for denominator and numerator is that of the explicit terms", "[budget][targets]") {
+  sampled_head s({.n = 700, .dk = 8, .dv = 5}, 8, 2.0f, {.sinks = 10, .window = 10, .heavy = 25, .rows = 180});
+  const auto seen = s.seen();
+  std::vector<double> xs;
+  std::vector<std::vector<double>> xv;
+  for (const vattn::drawn_row& row : s.sample.rows()) {
+    xs.push_back(std::exp(static_cast<double>(row.logit) - s.now.reference));
+    xv.emplace_back();
+    for (std::size_t j = 0; j < 5; ++j) xv.back().push_back(xs.back() * static_cast<double>(s.p.v[row.place * 5 + j]));
+  }
+  double mean = 0, square = 0, variance = 0, variance_v = 0, square_v = 0;
+  std::vector<double> mean_v(5);
+  for (std::size_t i = 0; i < 180; ++i) {
+    mean += xs[i] / 180;
+    square += xs[i] * xs[i] / 180;
+    for (std::size_t j = 0; j < 5; ++j) mean_v[j] += xv[i][j] / 180;
+  }
+  for (std::size_t i = 0; i < 180; ++i) {
+    variance += (xs[i] - mean) * (xs[i] - mean) / 179;
+    for (std::size_t j = 0; j < 5; ++j) {
+      square_v += xv[i][j] * xv[i][j] / 180;
+      variance_v += (xv[i][j] - mean_v[j]) * (xv[i][j] - mean_v[j]) / 179;
+    }
+  }
+  const vattn::sum_evidence d = budget::denominator_evidence(seen);
+  CHECK(d.scalar);
+  CHECK(d.population == 655);
+  CHECK(d.sampled == 180);
+  CHECK_THAT(d.variance, WithinRel(variance, 1e-4));
+  CHECK_THAT(d.second_moment, WithinRel(square, 1e-5));
+  const vattn::sum_evidence n = budget::numerator_evidence(seen);
+  CHECK_FALSE(n.scalar);
+  CHECK_THAT(n.variance, WithinRel(variance_v, 1e-4));
+  CHECK_THAT(n.second_moment, WithinRel(square_v, 1e-5));
+
+  // The ranges are true of every term of the residual, not only of the sampled ones.
+  const auto want = vattn::reference::attend(s.p.exactly(), 0, 0, 0);
+  double largest = 0, largest_v = 0;
+  for (index_t i = 10; i < 690; ++i) {
+    if (s.order.contains(static_cast<ordinal>(i))) continue;
+    const auto at = static_cast<std::size_t>(i);
+    const double x = std::exp(want.logits[at] - s.now.reference);
+    double v2 = 0;
+    for (std::size_t j = 0; j < 5; ++j) v2 += std::pow(static_cast<double>(s.p.v[at * 5 + j]), 2);
+    largest = std::max(largest, x);
+    largest_v = std::max(largest_v, x * std::sqrt(v2));
+  }
+  CHECK(largest <= d.radius * (1 + 1e-5));
+  CHECK(d.radius < 100 * largest);
+  CHECK(largest_v <= n.radius * (1 + 1e-5));
+  CHECK(n.radius < 100 * largest_v);
+}
 
 TEST_CASE("denominator: radius over D, and the rows that epsilon asks for", "[budget][targets]") {
   looked l;
