@@ -240,6 +240,21 @@ TEST_CASE("the schedule doubles the sample, and the heavy rows where they are fr
   CHECK(next(vattn::score_kind::logit, vattn::config::automatic) == 4000 - 32);  // all that can be ranked
 }
 
+TEST_CASE("the unit of the values changes nothing", "[budget][targets]") {
+  const plan steps{.sinks = 16, .window = 16, .heavy = 60, .rows = 300};
+  const shape size{.n = 4000, .dk = 8, .dv = 6};
+  sampled_head one(size, 21, 1.5f, steps), small(size, 21, 1.5f, steps, [](problem<float>&p) {
+    for (float& x : p.v) x *= 0x1p-20f;
+  });
+  const auto check = [](const verdict& a, const verdict& b) {
+    CHECK(std::isfinite(a.epsilon_achieved));
+    CHECK_THAT(b.epsilon_achieved, WithinRel(a.epsilon_achieved, 1e-6));
+    CHECK(std::abs(a.budget - b.budget) <= 1);
+  };
+  check(budget::numerator::judge<budget::clt>(one.seen()), budget::numerator::judge<budget::clt>(small.seen()));
+  check(budget::sdpa::judge<budget::clt>(one.seen()), budget::sdpa::judge<budget::clt>(small.seen()));
+}
+
 TEST_CASE("a sum without length is never within epsilon of itself", "[budget][targets]") {
   looked l;
   l.s.now.output2 = 0;
