@@ -38,6 +38,27 @@ TEST_CASE("the estimate is the exact part plus N/m times the sample", "[estimate
   for (std::size_t j = 0; j < 6; ++j) output[j] = s.centre[j] + s.offset[j];
   CHECK(vattn::reference::relative_error(output.data(), N) < 1e-5);
 
+  // The products that evidence and terms are made of: of the sampled rows about the centre.
+  double u2 = 0, centre2 = 0, first2 = 0, first_u = 0, second_u = 0, first_c = 0, second_c = 0;
+  for (std::size_t j = 0; j < 6; ++j) {
+    const double c = static_cast<double>(s.centre[j]), u = N[j] - c;
+    double first = 0, second = 0;
+    for (const vattn::drawn_row& row : s.sample.rows()) {
+      const double x = std::exp(want.logits[row.place] - s.now.reference);
+      const double r = static_cast<double>(s.p.v[row.place * 6 + j]) - c;
+      first += x * r, second += x * x * r;
+    }
+    u2 += u * u, centre2 += c * c, first2 += first * first;
+    first_u += first * u, second_u += second * u, first_c += first * c, second_c += second * c;
+  }
+  CHECK_THAT(s.now.u2, WithinRel(u2, 1e-4));
+  CHECK_THAT(s.now.centre2, WithinRel(centre2, 1e-5));
+  CHECK_THAT(s.now.first2, WithinRel(first2, 1e-4));
+  CHECK_THAT(s.now.first_u, WithinRel(first_u, 1e-4));
+  CHECK_THAT(s.now.second_u, WithinRel(second_u, 1e-4));
+  CHECK_THAT(s.now.first_c, WithinRel(first_c, 1e-4));
+  CHECK_THAT(s.now.second_c, WithinRel(second_c, 1e-4));
+
   vattn::add_residual(s.state, s.now, s.moments);
   const double lse = s.state.finish(output);
   CHECK(vattn::reference::relative_error(output.data(), N) < 1e-5);
