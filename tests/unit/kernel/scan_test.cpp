@@ -53,6 +53,7 @@ struct random_scan {
       q.bias[h] = static_cast<std::int16_t>(-8 * most * view.groups + whole(-2000, 2000));
       q.plain[h] = real(0, 4000);
       q.floor[h] = real(0, 6000);
+      q.sure_floor[h] = q.floor[h] + 100 * static_cast<float>(h);
       q.slack[h] = real(0, 700);
       q.sure[h] = real(0, 2000);
     }
@@ -246,6 +247,7 @@ TEST_CASE("lower thresholds take a superset with the same numbers", "[kernel][sc
     random_scan s(dim, 4, static_cast<unsigned>(dim));
     for (float& t : s.q.plain) t += 1500;
     for (float& t : s.q.floor) t += 6000;
+    for (float& t : s.q.sure_floor) t += 6000;
     std::vector<std::uint32_t> before;
     for (int lower = 0; lower < 6; ++lower) {
       std::vector<std::uint32_t> now;
@@ -255,6 +257,7 @@ TEST_CASE("lower thresholds take a superset with the same numbers", "[kernel][sc
       before = now;
       for (float& t : s.q.plain) t -= 300;
       for (float& t : s.q.floor) t -= 300;
+      for (float& t : s.q.sure_floor) t -= 300;
     }
   }
 }
