@@ -2,7 +2,6 @@
 #pragma once
 
 #include <Eigen/Core>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <random>
@@ -11,38 +10,18 @@
 #include <vector>
 
 #include "support/regimes.hpp"
+#include "vattn/runtime/pages.hpp"
 #include "vattn/vattn.hpp"
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace vattn::bench {
 
 /// Bytes that the system is asked to back with huge pages.
-class huge_buffer {
- public:
-  huge_buffer() = default;
-  explicit huge_buffer(std::size_t bytes) : bytes_(bytes) {
-    constexpr std::size_t page = std::size_t{1} << 21;
-    void* p = std::aligned_alloc(page, (bytes + page - 1) / page * page);
-    if (p == nullptr)
-      throw std::runtime_error("no memory for " + std::to_string(bytes >> 20) + " MiB: give a smaller --n");
-#if defined(__linux__)
-    static_cast<void>(madvise(p, bytes, MADV_HUGEPAGE));
-#endif
-    data_.reset(static_cast<std::byte*>(p));
-  }
-  [[nodiscard]] std::byte* data() const noexcept { return data_.get(); }
-  [[nodiscard]] std::size_t size() const noexcept { return bytes_; }
-
- private:
-  struct release {
-    void operator()(std::byte* p) const noexcept { std::free(p); }
-  };
-  std::unique_ptr<std::byte, release> data_;
-  std::size_t bytes_ = 0;
-};
+[[nodiscard]] inline page_buffer huge_pages(std::size_t bytes) {
+  page_buffer p;
+  if (!p.resize_for_overwrite(bytes))
+    throw std::runtime_error("no memory for " + std::to_string(bytes >> 20) + " MiB: give a smaller --n");
+  return p;
+}
 
 struct cache_shape {
   std::string regime;
@@ -58,8 +37,8 @@ class roofline_cache {
   roofline_cache(const cache_shape& shape, std::uint64_t seed)
       : shape_(shape),
         row_(kernel::row_bytes<T>(shape.dim)),
-        k_(static_cast<std::size_t>(shape.kv_heads * shape.n * row_)),
-        v_(k_.size()),
+        k_(huge_pages(static_cast<std::size_t>(shape.kv_heads * shape.n * row_))),
+        v_(huge_pages(k_.size())),
         query_(static_cast<std::size_t>(shape.heads * shape.dim)) {
     // Noise is cut from a table: two cuts added are as good as new, and a hundred times faster.
     std::mt19937_64 random(seed);
@@ -148,7 +127,7 @@ class roofline_cache {
 
   cache_shape shape_;
   index_t row_;
-  huge_buffer k_, v_;
+  page_buffer k_, v_;
   std::vector<float> query_, noise_;
 };
 

@@ -127,7 +127,7 @@ class random_rows_mode : public roofline_mode<T> {
     bytes_ = static_cast<double>(2 * c.kv_heads * static_cast<index_t>(rows_.size()) * s.cache.row_bytes());
     if (!interleaved_) return;
     const auto row = static_cast<std::size_t>(s.cache.row_bytes());
-    pairs_ = huge_buffer(s.cache.bytes());
+    pairs_ = huge_pages(s.cache.bytes());
     for (index_t i = 0; i < c.kv_heads * c.n; ++i) {  // heads are one behind another
       std::byte* to = pairs_.data() + 2 * static_cast<std::size_t>(i) * row;
       std::memcpy(to, s.cache.k(0) + i * s.cache.row_bytes(), row);
@@ -163,7 +163,7 @@ class random_rows_mode : public roofline_mode<T> {
 
  private:
   bool interleaved_;
-  huge_buffer pairs_;
+  page_buffer pairs_;
   std::vector<ordinal> rows_;
   double bytes_ = 0;
   std::atomic<std::uint64_t> sink_{0};

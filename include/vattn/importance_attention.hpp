@@ -64,15 +64,9 @@ struct importance_head {
   [[nodiscard]] static double squared_radius(double variance, double dimension, double dof, double skew, index_t rows,
                                              double delta) noexcept {
     if (variance == 0) return 0;
-    sum_evidence y;
-    y.with_replacement = true;
-    y.population = 1;
-    y.variance = variance;
-    y.dimension = dimension;
-    y.dof = dof;
-    y.sampled = static_cast<double>(rows);
-    const double r0 = B::radius(y, 1, delta), half = r0 * r0 / variance * skew / 2;
-    const double r = half + std::sqrt(half * half + r0 * r0);
+    const double square = budget::squared_radius<B>(variance, dimension, dof, static_cast<double>(rows), delta);
+    const double half = square / variance * skew / 2;
+    const double r = half + std::sqrt(half * half + square);
     return r * r;
   }
 

@@ -39,12 +39,11 @@ struct store_scratch {
 
   [[nodiscard]] static store_scratch take(arena& a, index_t n, index_t heads, index_t dk, index_t dv) noexcept {
     const auto h = static_cast<std::size_t>(heads), width = static_cast<std::size_t>(dv);
-    // As block_codes lays them out: 1 bit for each of P coordinates, 3 where they are 64 or fewer.
-    const std::size_t coordinates = std::bit_ceil(static_cast<std::size_t>(std::max<index_t>(dk, 16)));
-    const std::size_t groups = std::max<std::size_t>(coordinates / 6 + 1, 33);
+    const sketch::code_layout codes(dk);
+    const auto entries = h * static_cast<std::size_t>(codes.groups) * 64;
     store_scratch s;
-    s.tables = a.take<std::uint8_t>(h * groups * 64);
-    s.table = a.take<float>(h * groups * 64 + coordinates);
+    s.tables = a.take<std::uint8_t>(entries);
+    s.table = a.take<float>(entries + codes.width);
     s.queries = a.take<float>(h * static_cast<std::size_t>(dk));
     s.output = a.take<float>(h * width);
     s.vectors = a.take<float>(2 * width);
@@ -416,15 +415,7 @@ class store_sampler {
   }
 
   [[nodiscard]] double squared_radius(double variance, double dimension, double dof) const noexcept {
-    sum_evidence y;
-    y.with_replacement = true;
-    y.population = 1;
-    y.variance = variance;
-    y.dimension = dimension;
-    y.dof = dof;
-    y.sampled = 1e6;
-    const double r = B::radius(y, 1, settings_.delta);
-    return r * r;
+    return budget::squared_radius<B>(variance, dimension, dof, 1e6, settings_.delta);
   }
 
   // squared_radius(1, dimension, ∞), by Wilson and Hilferty's cube root: for plans, which need no more.

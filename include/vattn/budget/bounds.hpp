@@ -48,6 +48,22 @@ concept bound = requires(const sum_evidence& e, double m, double delta) {
 
 namespace budget {
 
+/// r² with which B covers, with probability 1 − delta, the error of an estimate of variance V̂ that rests on `sampled`
+/// rows. `dimension` and `dof` as in sum_evidence.
+template <bound B>
+[[nodiscard]] double squared_radius(double variance, double dimension, double dof, double sampled,
+                                    double delta) noexcept {
+  sum_evidence y;
+  y.with_replacement = true;
+  y.population = 1;
+  y.variance = variance;
+  y.dimension = dimension;
+  y.dof = dof;
+  y.sampled = sampled;
+  const double r = B::radius(y, 1, delta);
+  return r * r;
+}
+
 /// Smallest whole m in [1, population] with B::radius(e, m, delta) <= tau; population if none. Closed form
 /// where the bound has one (`rows`), else bisection: every radius falls with m.
 template <bound B>

@@ -36,6 +36,23 @@ namespace vattn::sketch {
 //   largest f32               largest ρ of the block, +inf while a key in it is not finite
 // Lane order: even keys first, then the odd ones; it spares the scan a shuffle.
 
+/// How keys of `dim` elements are coded: 1 bit for each of their coordinates after the rotation, 3 where these are 64
+/// or fewer.
+struct code_layout {
+  std::size_t width = 0;  ///< coordinates
+  int bits = 1, coded = 0, groups = 0, planes = 0;
+
+  code_layout() = default;
+  explicit code_layout(index_t dim) noexcept
+      : width(random_rotation(std::max<index_t>(dim, 16), 0).width()),
+        bits(width >= 128 ? 1 : 3),
+        coded(static_cast<int>(width) * bits / 6 * (6 / bits)),
+        groups(coded * bits / 6),
+        planes((groups * 3 + 3) / 4) {
+    while (planes + planes / 3 < groups) ++planes;
+  }
+};
+
 /// Codes of one KV head's keys. Owns their memory. Rows may be swapped: the order is the store's.
 class block_codes {
  public:
@@ -43,24 +60,21 @@ class block_codes {
   explicit block_codes(index_t dim, std::uint64_t seed)
       : rotation_(std::max<index_t>(dim, 16), seed),
         dim_(dim),
-        bits_(rotation_.width() >= 128 ? 1 : 3),
-        coded_(static_cast<int>(rotation_.width()) * bits_ / 6 * (6 / bits_)),
-        groups_(coded_ * bits_ / 6),
-        planes_((groups_ * 3 + 3) / 4),
-        mean_(rotation_.width()),
-        buffer_(rotation_.width()),
-        levels_(static_cast<std::size_t>(coded_)) {
-    while (planes_ + planes_ / 3 < groups_) ++planes_;
-  }
+        layout_(dim),
+        mean_(layout_.width),
+        buffer_(layout_.width),
+        levels_(static_cast<std::size_t>(layout_.coded)) {}
 
-  [[nodiscard]] int groups() const noexcept { return groups_; }
-  [[nodiscard]] int planes() const noexcept { return planes_; }
-  [[nodiscard]] std::size_t width() const noexcept { return rotation_.width(); }
+  [[nodiscard]] int groups() const noexcept { return layout_.groups; }
+  [[nodiscard]] int planes() const noexcept { return layout_.planes; }
+  [[nodiscard]] std::size_t width() const noexcept { return layout_.width; }
   [[nodiscard]] index_t size() const noexcept { return size_; }
   [[nodiscard]] std::size_t bytes() const noexcept { return blocks_.size(); }
   [[nodiscard]] float alpha_unit() const noexcept { return alpha_unit_; }
   [[nodiscard]] float reach_unit() const noexcept { return reach_unit_; }
-  [[nodiscard]] kernel::code_blocks view() const noexcept { return {first(), block_bytes(), planes_, groups_}; }
+  [[nodiscard]] kernel::code_blocks view() const noexcept {
+    return {first(), block_bytes(), layout_.planes, layout_.groups};
+  }
 
   [[nodiscard]] bool reserve(index_t n) noexcept { return blocks_.reserve(blocks_for(n) * block_bytes()); }
   void clear() noexcept {
@@ -102,7 +116,7 @@ class block_codes {
     if (a == b) return;
     std::byte *x = block(a), *y = block(b);
     const auto i = static_cast<std::size_t>(a % kernel::scan_keys), j = static_cast<std::size_t>(b % kernel::scan_keys);
-    for (std::size_t p = 0; p < static_cast<std::size_t>(planes_); ++p)
+    for (std::size_t p = 0; p < static_cast<std::size_t>(layout_.planes); ++p)
       std::swap(x[p * kernel::scan_keys + i], y[p * kernel::scan_keys + j]);
     for (std::size_t array = 0; array < 3; ++array) std::swap(lanes(x, array)[lane(i)], lanes(y, array)[lane(j)]);
     refresh(a / kernel::scan_keys);
@@ -130,8 +144,8 @@ class block_codes {
     std::fill(scratch.begin(), scratch.end(), 0.0f);
     std::copy_n(scaled_query, dim_, scratch.begin());
     rotation_.apply(scratch);
-    const int per = 6 / bits_, levels = 1 << bits_;
-    for (int g = 0; g < groups_; ++g) {
+    const int per = 6 / layout_.bits, levels = 1 << layout_.bits;
+    for (int g = 0; g < layout_.groups; ++g) {
       float* t = table.data() + g * 64;
       t[0] = 0;
       int have = 1;
@@ -160,7 +174,7 @@ class block_codes {
     return static_cast<std::size_t>((n + kernel::scan_keys - 1) / kernel::scan_keys);
   }
   [[nodiscard]] std::size_t largest_at() const noexcept {
-    return static_cast<std::size_t>(planes_) * kernel::scan_keys + 3 * 2 * kernel::scan_keys;
+    return static_cast<std::size_t>(layout_.planes) * kernel::scan_keys + 3 * 2 * kernel::scan_keys;
   }
   [[nodiscard]] std::size_t block_bytes() const noexcept { return largest_at() + 64; }
   [[nodiscard]] std::byte* first() noexcept { return blocks_.data(); }
@@ -172,11 +186,11 @@ class block_codes {
     return first() + static_cast<std::size_t>(row / kernel::scan_keys) * block_bytes();
   }
   [[nodiscard]] std::int16_t* lanes(std::byte* b, std::size_t array) const noexcept {
-    return reinterpret_cast<std::int16_t*>(b + static_cast<std::size_t>(planes_) * kernel::scan_keys +
+    return reinterpret_cast<std::int16_t*>(b + static_cast<std::size_t>(layout_.planes) * kernel::scan_keys +
                                            array * 2 * kernel::scan_keys);
   }
   [[nodiscard]] const std::int16_t* lanes(const std::byte* b, std::size_t array) const noexcept {
-    return reinterpret_cast<const std::int16_t*>(b + static_cast<std::size_t>(planes_) * kernel::scan_keys +
+    return reinterpret_cast<const std::int16_t*>(b + static_cast<std::size_t>(layout_.planes) * kernel::scan_keys +
                                                  array * 2 * kernel::scan_keys);
   }
 
@@ -200,25 +214,26 @@ class block_codes {
     }
     std::byte* to = block(row);
     const auto k = static_cast<std::size_t>(row % kernel::scan_keys);
-    for (std::size_t p = 0; p < static_cast<std::size_t>(planes_); ++p) to[p * kernel::scan_keys + k] = std::byte{0};
+    for (std::size_t p = 0; p < static_cast<std::size_t>(layout_.planes); ++p)
+      to[p * kernel::scan_keys + k] = std::byte{0};
     float alpha = 0, rho = std::numeric_limits<float>::infinity();
     // Squares of what is larger still overflow below, and would hide an error: such a key is read for certain.
     if (square < 1e34f && std::isfinite(distance)) {
       // Half steps of optimal uniform quantisers of a normal variable, in standard deviations (Max 1960).
-      const float half = bits_ == 1 ? 1.0f : 0.2930f;
-      const int levels = 1 << bits_, per = 6 / bits_;
+      const float half = layout_.bits == 1 ? 1.0f : 0.2930f;
+      const int levels = 1 << layout_.bits, per = 6 / layout_.bits;
       // Finite where the square is tiny, so that 0 times it is a number.
       const float inverse = std::min(square > 0 ? std::sqrt(static_cast<float>(width()) / square) / (2 * half) : 0.0f,
                                      std::numeric_limits<float>::max());
-      const Eigen::Map<const Eigen::ArrayXf> y(buffer_.data(), coded_);
-      Eigen::Map<Eigen::ArrayXi> up(levels_.data(), coded_);
+      const Eigen::Map<const Eigen::ArrayXf> y(buffer_.data(), layout_.coded);
+      Eigen::Map<Eigen::ArrayXi> up(levels_.data(), layout_.coded);
       const auto edge = 0.5f * static_cast<float>(levels);
       up = (y * inverse + edge).max(0.0f).min(2 * edge - 1).cast<int>();
       const auto c = up.cast<float>() * 2.0f - (2 * edge - 1);
       const float along = (c * y).sum(), norm2 = c.square().sum();
-      for (int g = 0; g < groups_; ++g) {
+      for (int g = 0; g < layout_.groups; ++g) {
         unsigned number = 0;
-        for (int j = 0; j < per; ++j) number |= static_cast<unsigned>(up[g * per + j]) << (j * bits_);
+        for (int j = 0; j < per; ++j) number |= static_cast<unsigned>(up[g * per + j]) << (j * layout_.bits);
         put(to, k, g, number);
       }
       // Where hardly anything of y lies in the coded coordinates, unbiasedness would cost a huge error.
@@ -241,8 +256,8 @@ class block_codes {
       std::byte& b = to[static_cast<std::size_t>(plane) * kernel::scan_keys + k];
       b |= static_cast<std::byte>(bits);
     };
-    if (g < planes_) return add(g, number);
-    for (int part = 0; part < 3; ++part) add(3 * (g - planes_) + part, (number >> (2 * part) & 3u) << 6);
+    if (g < layout_.planes) return add(g, number);
+    for (int part = 0; part < 3; ++part) add(3 * (g - layout_.planes) + part, (number >> (2 * part) & 3u) << 6);
   }
 
   void rescale(float unit) noexcept {
@@ -257,11 +272,11 @@ class block_codes {
 
   random_rotation rotation_;
   index_t dim_ = 0;
-  int bits_ = 1, coded_ = 0, groups_ = 0, planes_ = 0;
+  code_layout layout_;
   index_t size_ = 0;
   float alpha_unit_ = 0, reach_unit_ = 1;
   std::vector<float> mean_, buffer_;  // [width()]
-  std::vector<int> levels_;           // [coded_], of the key at hand
+  std::vector<int> levels_;           // [layout_.coded], of the key at hand
   page_buffer blocks_;
 };
 
