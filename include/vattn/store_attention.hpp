@@ -390,8 +390,7 @@ class store_sampler {
         const double goal = squeeze_[at(g)] * thin_margin / known_variance_radius2(e.dimension) * goal2(e) * d * d;
         goals_[at(g)] = std::max(goal - slice, 0.2 * goal);  // a slice that is too short is for the judge
         // With the quantile's part for few effective terms, as store_planner has it.
-        const auto& picks = found[at(g)];
-        const double sure = picks.variance > 0 ? picks.variance + 4 * picks.fourth / picks.variance : 0;
+        const double sure = found[at(g)].variance * (1 + 4 * found[at(g)].concentration);
         const double need = sure / goals_[at(g)];
         if (need > 0.75) longer = std::max(longer, slice / (0.4 * goal));
         worst = std::max(worst, need);

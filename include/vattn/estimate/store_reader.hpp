@@ -195,9 +195,9 @@ class store_reader {
   }
 
   /// What weighing found of a head: Σ x/π₁, the variance Σ t (x R)² if all values are read, t = 1/π₁·(1/π₁ − 1), and
-  /// Σ t² (x R)⁴, by which it rests on few picks.
+  /// the sum of the squares of its terms' shares: near 1 it rests on few picks.
   struct weighed {
-    double x = 0, variance = 0, fourth = 0;
+    double x = 0, variance = 0, concentration = 0;
   };
   /// `away2` [heads]: ‖ô − c‖², R² = r² + that. Prepares `read_picks`.
   void look_at_picks(index_t picks, const std::array<double, max_group>& away2,
@@ -217,7 +217,9 @@ class store_reader {
       const auto x = static_cast<double>((w * inverse).sum());
       w *= (r2 + static_cast<float>(away2[at(h)])).sqrt();
       const auto term = w.square() * inverse * (inverse - 1);
-      found[at(h)] = {x, static_cast<double>(term.sum()), static_cast<double>(term.square().sum())};
+      const float variance = term.sum();
+      const float squares = variance > 1e-30f ? (term * (1 / variance)).square().sum() : 0.0f;
+      found[at(h)] = {x, static_cast<double>(variance), static_cast<double>(squares)};
     }
   }
 
