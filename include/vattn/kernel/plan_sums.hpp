@@ -21,18 +21,6 @@ struct plan_totals {
 namespace detail {
 
 #if defined(__GNUC__)
-// Halves added until four lanes are left: one after another they would take as long as the rows.
-template <int W>
-inline __attribute__((always_inline)) float total_of(const typename lanes<W>::floats& v) noexcept {
-  if constexpr (W > 4) {
-    typename lanes<W / 2>::floats half[2];
-    std::memcpy(half, &v, sizeof v);
-    return total_of<W / 2>(half[0] + half[1]);
-  } else {
-    return (v[0] + v[1]) + (v[2] + v[3]);
-  }
-}
-
 template <int W>
 inline __attribute__((always_inline)) plan_totals plan_sums(const plan_terms& t, float inverse, float most,
                                                             bool picks) noexcept {
@@ -56,7 +44,7 @@ inline __attribute__((always_inline)) plan_totals plan_sums(const plan_terms& t,
     std::memcpy(&w, t.w + i, sizeof w);
     picked += o < most ? w / o : floats{};
   }
-  return {total_of<W>(first), total_of<W>(second), total_of<W>(picked)};
+  return {sum_of<W>(first), sum_of<W>(second), sum_of<W>(picked)};
 }
 template <int W>
 inline __attribute__((always_inline)) float floored_sum(const float* q, const float* g, const float* least, index_t n,
@@ -71,7 +59,7 @@ inline __attribute__((always_inline)) float floored_sum(const float* q, const fl
     o *= inverse;
     total += weight * (o > floor ? o : floor);
   }
-  return total_of<W>(total);
+  return sum_of<W>(total);
 }
 #if VATTN_DISPATCH
 VATTN_TARGET_AVX512 inline float floored_sum_avx512(const float* q, const float* g, const float* least, index_t n,

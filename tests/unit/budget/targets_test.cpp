@@ -264,145 +264,17 @@ TEST_CASE("a sum without length is never within epsilon of itself", "[budget][ta
     CHECK(v.epsilon_achieved == infinite);
     CHECK_FALSE(v.met);
   }
-  // A denominator that may be 0 bounds no output.
+}
+
+TEST_CASE("a denominator that may be 0 bounds no output", "[budget][targets]") {
   looked few;
   few.s.now.s.A *= 1e4;
   const auto d = budget::denominator_evidence(few.s.seen());
   REQUIRE(budget::clt::radius(d, 300, 0.1) > few.s.now.denominator);
   const verdict v = budget::sdpa::judge<budget::clt>(few.s.seen());
-  CHECK(v.epsilon_achieved == infinite);
-  CHECK_FALSE(v.met);
-  CHECK(v.budget > 300);
-}
-
-namespace {
-
-// Largest sqrt(((t + r)² + s²)/(t² + o²)) over t >= 0, on a grid in log t.
-double farthest(double r, double o, double s) {
-  const auto at = [&](double t) { return std::sqrt(((t + r) * (t + r) + s * s) / (t * t + o * o)); };
-  double most = at(0);
-  for (int i = -4000; i <= 4000; ++i) most = std::max(most, at(std::exp(i / 200.0)));
-  return most;
-}
-
-double distance(std::span<const float> a, std::span<const float> b) {
-  double square = 0;
-  for (std::size_t j = 0; j < a.size(); ++j)
-    square += std::pow(static_cast<double>(a[j]) - static_cast<double>(b[j]), 2);
-  return std::sqrt(square);
-}
-
-}  // namespace
-
-TEST_CASE("output: what may lie unseen counts, as far as the scores bound it", "[budget][targets]") {
-  looked l;
-  for (const auto kind : {vattn::score_kind::ranking, vattn::score_kind::logit, vattn::score_kind::contribution}) {
-    for (const double delta : {0.1, 1e-4}) {
-      auto seen = l.s.seen();
-      seen.scores.kind = kind;
-      l.s.settings.delta = delta;
-      const auto& now = l.s.now;
-      const auto y = vattn::linearise(now, l.s.moments, l.s.offset);
-      std::vector<float> output = l.s.centre;
-      for (std::size_t j = 0; j < output.size(); ++j) output[j] += l.s.offset[j];
-
-      double guard = 0;
-      if (kind == vattn::score_kind::logit) guard = std::sqrt(now.power) + std::sqrt(now.output2);
-      if (kind == vattn::score_kind::contribution)
-        guard = farthest(distance(output, l.s.value_centre), static_cast<double>(l.s.scored.value_offset), 0);
-      guard *= std::exp(static_cast<double>(l.s.order.bound()) - now.reference) / now.denominator;
-      const double z = budget::normal_quantile(1 - delta / 2), lambda = -std::log(delta);
-      const double unseen = std::max(1.0, lambda * lambda / (z * z)) * guard * guard / 300;
-      vattn::sum_evidence all;
-      all.population = now.population;
-      all.sampled = 300;
-      all.variance = y.variance + unseen;
-      all.dimension = all.variance * all.variance / (y.variance * y.variance / y.dimension + unseen * unseen);
-      all.dof = y.dof * std::pow(all.variance / y.variance, 2);
-      const double mean_square = now.population * (now.population / 300 - 1) * all.variance;
-      const double scale = std::sqrt(std::max(now.output2 - mean_square, now.output2 / 4));
-
-      const verdict v = budget::output::judge<budget::clt>(seen);
-      CAPTURE(int(kind), delta);
-      CHECK_THAT(v.epsilon_achieved, WithinRel(budget::clt::radius(all, 300, delta) / scale, 1e-4));
-      CHECK((unseen > 0.01 * y.variance) == (kind != vattn::score_kind::ranking));
-    }
-  }
-}
-
-TEST_CASE("output: scores of infinity bound nothing, and the next look is still a number of rows",
-          "[budget][targets]") {
-  looked l;
-  for (const auto place : l.s.order.top()) l.s.scores[place] = infinity;
-  l.s.settings.heavy = vattn::config::automatic;
-  for (const auto kind : {vattn::score_kind::logit, vattn::score_kind::contribution}) {
-    auto seen = l.s.seen();
-    seen.scores.kind = kind;
-    const verdict v = budget::output::judge<budget::clt>(seen);
-    CHECK(v.epsilon_achieved == std::numeric_limits<double>::infinity());
-    CHECK_FALSE(v.met);
-    CHECK(v.next.heavy >= 60);
-    CHECK(v.next.heavy + v.next.sampled > 360);
-    CHECK(v.next.heavy + v.next.sampled <= 720);  // a look at most doubles
-  }
-}
-
-TEMPLATE_TEST_CASE("output: a finite-sample bound by its formula, at its share of delta", "[budget][targets]",
-                   budget::hoeffding, budget::bernstein) {
-  sampled_head s({.n = 24000, .dk = 8, .dv = 6}, 23, 0.3f, {.sinks = 16, .window = 16, .heavy = 400, .rows = 12000});
-  s.settings.max_rounds = 4;
-  const double offset = static_cast<double>(s.scored.value_offset), D = s.now.denominator;
-  vattn::sum_evidence j;
-  j.population = s.now.population;
-  j.sampled = 12000;
-  for (const vattn::drawn_row& r : s.sample.rows()) {
-    const double x = std::exp(static_cast<double>(r.logit) - s.now.reference);
-    j.second_moment += x * x * (static_cast<double>(r.spread) + offset * offset) / 12000;
-  }
-  j.radius = std::exp(static_cast<double>(s.order.bound()) - s.now.reference) *
-             farthest(distance(s.centre, s.value_centre), offset, offset);
-  const double error = TestType::radius(j, 12000, 0.1 / 4);
-  const double away = std::sqrt(1 + s.now.u2 / (offset * offset)) * error / (D - error / offset);
-  const double want = away / (std::sqrt(s.now.output2) - away);
-  CHECK(want > 0.02);
-  CHECK(want < 0.5);
-  for (const double epsilon : {0.99 * want, 1.01 * want}) {
-    s.settings.epsilon = epsilon;
-    const verdict v = budget::output::judge<TestType>(s.seen());
-    CHECK_THAT(v.epsilon_achieved, WithinRel(want, 1e-4));
-    CHECK(v.met == (epsilon > want));
-    CHECK(v.budget == 12000);
-    // The next look does not depend on the draw: twice the rows of each kind.
-    CHECK(v.next.heavy == 800);
-    CHECK(v.next.sampled == 24000);
-  }
-}
-
-TEST_CASE("output: a finite-sample bound states nothing where it knows too little", "[budget][targets]") {
-  looked l;
-  const auto nothing = [&](const vattn::look& seen) {
-    const verdict v = budget::output::judge<budget::bernstein>(seen);
-    CHECK(v.epsilon_achieved == std::numeric_limits<double>::infinity());
-    CHECK_FALSE(v.met);
-    CHECK(v.next.heavy == 60);  // its share is set
-    CHECK(v.next.sampled == 600);
-  };
-  nothing(l.s.seen());  // 300 rows: the error may be all of D
-  auto seen = l.s.seen();
-  for (const auto kind : {vattn::score_kind::logit, vattn::score_kind::ranking}) {
-    seen.scores.kind = kind;
-    nothing(seen);  // no range of the values is known
-  }
-  // Enough rows for D, and values that cancel: the error may be all of the output.
-  sampled_head s({.n = 24000, .dk = 8, .dv = 6}, 23, 0.3f, {.sinks = 16, .window = 16, .heavy = 400, .rows = 12000},
-                 [](problem<float>& p) {
-                   for (float& x : p.v) x -= 1;
-                 });
-  s.settings.epsilon = 0.9;
-  const verdict v = budget::output::judge<budget::bernstein>(s.seen());
-  CHECK(budget::denominator_error<budget::bernstein>(s.seen()) < 0.5);
   CHECK(v.epsilon_achieved == std::numeric_limits<double>::infinity());
   CHECK_FALSE(v.met);
+  CHECK(v.budget > 300);
 }
 
 TEST_CASE("where the output vanishes no error is small enough", "[budget][targets]") {
