@@ -17,6 +17,14 @@
 #endif
 #endif
 
+// For functions that do nothing but prefetch, whose calls GCC 12 drops as being without effect, and for loops whose
+// instructions the caller's target attribute decides.
+#if defined(__GNUC__)
+#define VATTN_ALWAYS_INLINE inline __attribute__((always_inline))
+#else
+#define VATTN_ALWAYS_INLINE inline
+#endif
+
 // Debug-only preconditions inside kernels. They never guard a caller's input: that is `status`' job.
 #if !defined(VATTN_CHECKS)
 #if defined(NDEBUG)

@@ -34,7 +34,7 @@ struct dense_plan {
     chunks = std::max<index_t>(1, (n + chunk - 1) / chunk);
   }
 
-  static constexpr index_t max_together = 8, max_tile = 32, chunk_rows = 2 * phase_rows, enough_pieces = 64;
+  static constexpr index_t max_together = 8, max_tile = 32, chunk_rows = phase_rows, enough_pieces = 64;
 };
 
 /// Memory of a call: what pieces leave of each query, and what a worker needs for the queries of a tile.

@@ -12,8 +12,8 @@ namespace vattn {
 
 /// Tokens whose keys are read before their values are: streams of memory as long as this are read at full speed, and
 /// those of 256 bytes stay in the second or third cache for the next queries. Also the tokens that are summed in one
-/// float accumulator before it is merged, which keeps rounding at ~2048·2⁻²⁴ whatever n.
-inline constexpr index_t phase_rows = 2048;
+/// float accumulator before it is merged, which keeps rounding at ~4096·2⁻²⁴ whatever n.
+inline constexpr index_t phase_rows = 4096;
 
 /// Queries of one KV head that see the same tokens, [groups], and scratch. All are the caller's.
 template <strided_head Head>

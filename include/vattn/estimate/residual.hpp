@@ -96,7 +96,7 @@ class residual_sample {
 
  private:
   template <class R>
-  static void prefetch(const R& r) noexcept {
+  static VATTN_ALWAYS_INLINE void prefetch(const R& r) noexcept {
     if constexpr (requires {
                     r.data();
                     r.size_bytes();

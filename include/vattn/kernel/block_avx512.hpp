@@ -131,8 +131,9 @@ VATTN_AVX512_INLINE void products_512(const float* q, index_t dim, const block_o
   constexpr int R = 16 / G;
   const index_t width = padded(dim), whole = dim / step;
   const step_mask last = last_step(dim);
+  const row_fetcher memory(rows, row_bytes<T>(dim));
   for (index_t i = 0; i < rows.count; i += R) {
-    fetch_rows<R, true>(rows, i, row_bytes<T>(dim));
+    memory.whole<R>(i);
     const std::byte* row[extent<R>];
     rows_at<R>(rows, i, row);
     __m512 sum[16];
@@ -176,8 +177,9 @@ VATTN_BF16_INLINE void pair_products(const std::uint16_t* q, float scale, index_
   constexpr int R = 16 / G;
   const index_t width = padded(dim), whole = dim / step;
   const step_mask last = last_step(dim);
+  const row_fetcher memory(rows, row_bytes<Eigen::bfloat16>(dim));
   for (index_t i = 0; i < rows.count; i += R) {
-    fetch_rows<R, true>(rows, i, row_bytes<Eigen::bfloat16>(dim));
+    memory.whole<R>(i);
     const std::byte* row[extent<R>];
     rows_at<R>(rows, i, row);
     __m512 sum[16];
@@ -232,8 +234,9 @@ VATTN_AVX512_INLINE void add_steps(const float* x, const block_of_rows& rows, in
     VATTN_UNROLL for (int s = 0; s < S; ++s)
         load_sums<T>(acc + g * dim + (at + s) * step, m, sum[s][g][0], sum[s][g][1]);
   }
+  const row_fetcher memory(rows, row_bytes<T>(dim));
   for (index_t i = 0; i < rows.count; ++i) {
-    if (at == 0) fetch_rows<1, false>(rows, i, row_bytes<T>(dim));
+    memory.columns(i, at * row_bytes<T>(step), S * row_bytes<T>(step));
     const std::byte* row = row_at(rows, i);
     __m512 weight[extent<G>];
     VATTN_UNROLL for (int g = 0; g < G; ++g) weight[g] = _mm512_set1_ps(x[g * block_rows + i]);

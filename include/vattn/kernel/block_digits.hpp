@@ -69,10 +69,10 @@ inline void row_pointers(const block_of_rows& rows, const std::byte* (&row)[bloc
 }
 
 // Asks for the rows that follow a block a few at a time, so that memory works while digits are multiplied; gathered
-// ones, whose followers are not known, just before they are read. Inlined: GCC 12 drops calls that only prefetch.
-class row_fetcher {
+// ones, whose followers are not known, just before they are read.
+class block_fetcher {
  public:
-  VATTN_VNNI_INLINE row_fetcher(const block_of_rows& rows, index_t bytes) noexcept
+  VATTN_VNNI_INLINE block_fetcher(const block_of_rows& rows, index_t bytes) noexcept
       : next_(rows.first + block_rows * rows.stride),
         stride_(rows.stride),
         bytes_(bytes),
@@ -153,7 +153,7 @@ VATTN_VNNI_INLINE __m512 value_of_digits(__m512i sum0, __m512i sum1, __m512i sum
 // out[g, r] += q_g·k_r for one block of 32 rows; first: it is the first of the rows, and out is not read. Quants are
 // transposed, so that a lane sums its row's products alone.
 VATTN_VNNI_INLINE void logits_of_32(const query_digits* q, index_t groups, index_t stride, const std::byte* const* row,
-                                    index_t at, const std::uint16_t* half, bool first, row_fetcher& fetch,
+                                    index_t at, const std::uint16_t* half, bool first, block_fetcher& fetch,
                                     index_t per_query, float* out) noexcept {
   __m512i key[2][8];
   VATTN_UNROLL for (int h = 0; h < 2; ++h) transposed_16(row + 16 * h, at + 2, key[h]);
@@ -190,7 +190,7 @@ VATTN_TARGET_AVX512_BF16 inline void logits_digits(const query_digits* q, index_
   const index_t blocks = dim / 32, padded = (rows.count + 31) / 32 * 32;
   scale_bits scales;
   copy_scales(row, padded, blocks, scales);
-  row_fetcher fetch(rows, row_bytes<q8_0_block>(dim));
+  block_fetcher fetch(rows, row_bytes<q8_0_block>(dim));
   const index_t per_query = (32 + blocks * groups - 1) / (blocks * groups);
   for (index_t i = 0; i < padded; i += 32) {
     for (index_t b = 0; b < blocks; ++b) {

@@ -10,11 +10,8 @@
 #if defined(__GNUC__)
 
 // Loops are written once, on vectors of W floats, and inlined into one function for each instruction set, whose
-// target attribute decides what the vectors become.
-#define VATTN_INLINE inline __attribute__((always_inline))
-
-// GCC 12 unrolls these loops for counts that its callers do not pass, finds that such a count would overflow, and
-// warns.
+// target attribute decides what the vectors become. GCC 12 unrolls these loops for counts that its callers do not pass,
+// finds that such a count would overflow, and warns.
 #if !defined(__clang__)
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Waggressive-loop-optimizations"
@@ -32,13 +29,13 @@ struct lanes {
 };
 
 template <int W>
-VATTN_INLINE void load_floats(const float* from, typename lanes<W>::floats& to) noexcept {
+VATTN_ALWAYS_INLINE void load_floats(const float* from, typename lanes<W>::floats& to) noexcept {
   std::memcpy(&to, from, sizeof to);
 }
 
 // Elements d to d + W of a row. d is a multiple of W.
 template <int W, block_element T>
-VATTN_INLINE void load_row(const std::byte* row, index_t d, typename lanes<W>::floats& to) noexcept {
+VATTN_ALWAYS_INLINE void load_row(const std::byte* row, index_t d, typename lanes<W>::floats& to) noexcept {
   using words = typename lanes<W>::words;
   if constexpr (quantised_block<T>) {
     const T* block = reinterpret_cast<const T*>(row) + d / 32;
@@ -69,7 +66,7 @@ VATTN_INLINE void load_row(const std::byte* row, index_t d, typename lanes<W>::f
 }
 
 template <int W>
-[[nodiscard]] VATTN_INLINE float sum_of(const typename lanes<W>::floats& v) noexcept {
+[[nodiscard]] VATTN_ALWAYS_INLINE float sum_of(const typename lanes<W>::floats& v) noexcept {
   if constexpr (W > 4) {
     typename lanes<W / 2>::floats half[2];
     std::memcpy(&half, &v, sizeof half);
@@ -82,7 +79,8 @@ template <int W>
 
 // out[g·block_rows + i] = q_g·k_i for R rows and G queries: R·G sums in registers.
 template <int W, int R, int G, block_element T>
-VATTN_INLINE void products(const float* q, index_t dim, const block_of_rows& rows, index_t first, float* out) noexcept {
+VATTN_ALWAYS_INLINE void products(const float* q, index_t dim, const block_of_rows& rows, index_t first,
+                                  float* out) noexcept {
   using floats = typename lanes<W>::floats;
   const std::byte* row[extent<R>];
   for (int r = 0; r < R; ++r) row[r] = row_at(rows, first + r);
@@ -107,10 +105,11 @@ VATTN_INLINE void products(const float* q, index_t dim, const block_of_rows& row
 }
 
 template <int W, int R, int G, block_element T>
-VATTN_INLINE void all_products(const float* q, index_t dim, const block_of_rows& rows, float* out) noexcept {
+VATTN_ALWAYS_INLINE void all_products(const float* q, index_t dim, const block_of_rows& rows, float* out) noexcept {
+  const row_fetcher memory(rows, row_bytes<T>(dim));
   index_t i = 0;
   for (; i + R <= rows.count; i += R) {
-    fetch_rows<R, true>(rows, i, row_bytes<T>(dim));
+    memory.whole<R>(i);
     products<W, R, G, T>(q, dim, rows, i, out);
   }
   for (; i < rows.count; ++i) products<W, 1, G, T>(q, dim, rows, i, out);
@@ -118,14 +117,16 @@ VATTN_INLINE void all_products(const float* q, index_t dim, const block_of_rows&
 
 // acc[g·dim + d] += Σ_i x[g·block_rows + i]·v_i[d] for C vectors of d at a time: C·G sums in registers.
 template <int W, int C, int G, block_element T>
-VATTN_INLINE void add_columns(const float* x, const block_of_rows& rows, index_t d, index_t dim, float* acc) noexcept {
+VATTN_ALWAYS_INLINE void add_columns(const float* x, const block_of_rows& rows, index_t d, index_t dim,
+                                     float* acc) noexcept {
   using floats = typename lanes<W>::floats;
   floats sum[extent<C>][extent<G>];
   VATTN_UNROLL for (int g = 0; g < G; ++g) {
     VATTN_UNROLL for (int c = 0; c < C; ++c) load_floats<W>(acc + g * dim + d + c * W, sum[c][g]);
   }
+  const row_fetcher memory(rows, row_bytes<T>(dim));
   for (index_t i = 0; i < rows.count; ++i) {
-    if (d == 0) fetch_rows<1, false>(rows, i, row_bytes<T>(dim));
+    memory.columns(i, row_bytes<T>(d), row_bytes<T>(d + C * W) - row_bytes<T>(d));
     const std::byte* row = row_at(rows, i);
     floats value[extent<C>];
     VATTN_UNROLL for (int c = 0; c < C; ++c) load_row<W, T>(row, d + c * W, value[c]);
@@ -140,7 +141,7 @@ VATTN_INLINE void add_columns(const float* x, const block_of_rows& rows, index_t
 }
 
 template <int W, int A, int G, block_element T>
-VATTN_INLINE void add_values(const float* x, const block_of_rows& rows, index_t dim, float* acc) noexcept {
+VATTN_ALWAYS_INLINE void add_values(const float* x, const block_of_rows& rows, index_t dim, float* acc) noexcept {
   constexpr int C = A / G;
   index_t d = 0;
   for (; d + C * W <= dim; d += C * W) add_columns<W, C, G, T>(x, rows, d, dim, acc);
@@ -155,7 +156,7 @@ VATTN_INLINE void add_values(const float* x, const block_of_rows& rows, index_t 
 
 /// exp by 2^k·e^r, |r| <= ln2/2, a polynomial of degree 6: relative error below 5e-7. Below −87 it gives 0.
 template <int W>
-VATTN_INLINE float exponentials(float* x, index_t n, float top) noexcept {
+VATTN_ALWAYS_INLINE float exponentials(float* x, index_t n, float top) noexcept {
   using floats = typename lanes<W>::floats;
   using ints = typename lanes<W>::ints;
   floats total = {};
@@ -187,7 +188,7 @@ VATTN_INLINE float exponentials(float* x, index_t n, float top) noexcept {
 }
 
 template <int W>
-VATTN_INLINE bool maximum(const float* x, index_t n, float& top) noexcept {
+VATTN_ALWAYS_INLINE bool maximum(const float* x, index_t n, float& top) noexcept {
   using floats = typename lanes<W>::floats;
   using ints = typename lanes<W>::ints;
   constexpr float least = -std::numeric_limits<float>::infinity();
@@ -213,18 +214,19 @@ VATTN_INLINE bool maximum(const float* x, index_t n, float& top) noexcept {
 template <int W, int A, block_element T>
 struct vector_kernels {
   template <int G>
-  static VATTN_INLINE void products_of(const float* q, index_t dim, const block_of_rows& rows, float* out) noexcept {
+  static VATTN_ALWAYS_INLINE void products_of(const float* q, index_t dim, const block_of_rows& rows,
+                                              float* out) noexcept {
     all_products<W, (A / G), G, T>(q, dim, rows, out);
   }
-  static VATTN_INLINE void logits(const float* q, index_t groups, index_t dim, const block_of_rows& rows,
-                                  float* out) noexcept {
+  static VATTN_ALWAYS_INLINE void logits(const float* q, index_t groups, index_t dim, const block_of_rows& rows,
+                                         float* out) noexcept {
     index_t g = 0;
     for (; g + 4 <= groups; g += 4) products_of<4>(q + g * dim, dim, rows, out + g * block_rows);
     if (g + 2 <= groups) products_of<2>(q + g * dim, dim, rows, out + g * block_rows), g += 2;
     if (g < groups) products_of<1>(q + g * dim, dim, rows, out + g * block_rows);
   }
-  static VATTN_INLINE void add(const float* x, index_t groups, const block_of_rows& rows, index_t dim,
-                               float* acc) noexcept {
+  static VATTN_ALWAYS_INLINE void add(const float* x, index_t groups, const block_of_rows& rows, index_t dim,
+                                      float* acc) noexcept {
     index_t g = 0;
     for (; g + 4 <= groups; g += 4) add_values<W, A, 4, T>(x + g * block_rows, rows, dim, acc + g * dim);
     if (g + 2 <= groups) add_values<W, A, 2, T>(x + g * block_rows, rows, dim, acc + g * dim), g += 2;
@@ -257,5 +259,4 @@ VATTN_TARGET_AVX2 inline bool maximum_avx2(const float* x, index_t n, float& top
 #pragma GCC diagnostic pop
 #endif
 
-#undef VATTN_INLINE
 #endif

@@ -115,4 +115,18 @@ inline constexpr isa isa_levels[] = {isa::portable, isa::avx2, isa::avx512, isa:
   return chosen;
 }
 
+/// Whether rows that are read in order are best asked for a whole row at a time, far ahead: not on Intel's cores, where
+/// what is asked for takes one of the first cache's few buffers until it comes from memory (docs/performance.md).
+[[nodiscard]] inline bool fetches_far() noexcept {
+#if VATTN_DISPATCH
+  static const bool far = [] {
+    __builtin_cpu_init();
+    return !__builtin_cpu_is("intel");
+  }();
+  return far;
+#else
+  return true;
+#endif
+}
+
 }  // namespace vattn::kernel

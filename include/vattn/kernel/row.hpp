@@ -36,11 +36,7 @@ using const_float_map = Eigen::Map<const Eigen::VectorXf>;
 
 /// Asks for the lines of a row, for the first cache or, with Locality = 2, the second.
 template <int Locality = 3>
-#if defined(__GNUC__)
-__attribute__((always_inline))  // GCC 12 drops calls of what only prefetches
-#endif
-inline void
-prefetch_row(const std::byte* row, std::size_t bytes) noexcept {
+VATTN_ALWAYS_INLINE void prefetch_row(const std::byte* row, std::size_t bytes) noexcept {
 #if defined(__GNUC__)
   for (std::size_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, Locality);
 #else
