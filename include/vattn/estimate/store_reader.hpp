@@ -202,24 +202,20 @@ class store_reader {
   /// `away2` [heads]: ‖ô − c‖², R² = r² + that. Prepares `read_picks`.
   void look_at_picks(index_t picks, const std::array<double, max_group>& away2,
                      std::array<weighed, max_group>& found) noexcept {
-    const Eigen::Map<const Eigen::ArrayXf> inverse(thin_.inverse(), picks);
-    const Eigen::Map<const Eigen::ArrayXf> r2(m_.reach2.data(), picks);
+    const Eigen::Map<const Eigen::ArrayXf> inverse(thin_.inverse(), picks), r2(m_.reach2.data(), picks);
     for (index_t h = 0; h < heads_; ++h) {
       float* to = thin_.weight(h);
-      const float* l = m_.logits.data() + h * m_.capacity;
-      for (index_t from = 0; from < picks; from += kernel::block_rows) {
-        const index_t n = std::min(kernel::block_rows, picks - from);
-        std::copy_n(l + from, n, m_.x.data());
-        static_cast<void>(kernel::block_exponentials(how_, m_.x.data(), n, reference_[at(h)]));
-        std::copy_n(m_.x.data(), n, to + from);
-      }
+      std::copy_n(m_.logits.data() + h * m_.capacity, picks, to);
+      kernel::exponentials(how_, to, picks, reference_[at(h)]);
       Eigen::Map<Eigen::ArrayXf> w(to, picks);
       const auto x = static_cast<double>((w * inverse).sum());
       w *= (r2 + static_cast<float>(away2[at(h)])).sqrt();
-      const auto term = w.square() * inverse * (inverse - 1);
-      const float variance = term.sum();
-      const float squares = variance > 1e-30f ? (term * (1 / variance)).square().sum() : 0.0f;
-      found[at(h)] = {x, static_cast<double>(variance), static_cast<double>(squares)};
+      thin_.pad(h);
+      const auto variance = [&](float scale) {
+        return kernel::variance_sums(how_, to, thin_.inverse(), thin_.padded_size(), scale);
+      };
+      const float all = variance(1).sum;
+      found[at(h)] = {x, static_cast<double>(all), all > 1e-30f ? static_cast<double>(variance(1 / all).squares) : 0};
     }
   }
 
@@ -303,14 +299,14 @@ class store_reader {
     return std::min(static_cast<float>(reach) * (2.0f / 512) + log_unit2_, 80.0f);
   }
 
-  void fetch(const kernel::strided_rows& rows, const kernel::scan_pick& p) const noexcept {
+  VATTN_ALWAYS_INLINE void fetch(const kernel::strided_rows& rows, const kernel::scan_pick& p) const noexcept {
     kernel::prefetch_row(rows.first + (head_.sinks() + index_t{p.row}) * rows.stride,
                          static_cast<std::size_t>(rows.stride));
   }
-  void fetch_keys(index_t from, index_t end) const noexcept {
+  VATTN_ALWAYS_INLINE void fetch_keys(index_t from, index_t end) const noexcept {
     for (index_t i = from; i < std::min(end, from + kernel::block_rows); ++i) fetch(keys(), m_.picks[at(i)]);
   }
-  void fetch_values(std::span<const ordinal> kept, index_t from, index_t end) const noexcept {
+  VATTN_ALWAYS_INLINE void fetch_values(std::span<const ordinal> kept, index_t from, index_t end) const noexcept {
     for (index_t i = from; i < std::min(end, from + kernel::block_rows); ++i)
       fetch(values(), m_.picks[at(index_t{kept[at(i)]})]);
   }

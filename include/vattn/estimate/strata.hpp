@@ -9,6 +9,7 @@
 #include <span>
 
 #include "vattn/kernel/block.hpp"
+#include "vattn/kernel/row_sums.hpp"
 #include "vattn/runtime/workspace.hpp"
 
 namespace vattn {
@@ -93,39 +94,31 @@ class stratum {
   void add(kernel::isa how, const float* x, const float* w, const float* t, const float* r2,
            const kernel::block_of_rows& values, std::uint64_t coins, float* scratch) noexcept {
     using block = Eigen::Map<const Eigen::Array<float, kernel::block_rows, 1>>;
-    using block_out = Eigen::Map<Eigen::Array<float, kernel::block_rows, 1>>;
-    const block weight(w), reach(r2);
+    const auto real = [](float sum) { return static_cast<double>(sum); };
+    const auto rows_of = [](auto* all, index_t h) { return all + h * kernel::block_rows; };
     rows_ += values.count;
     for (index_t h = 0; h < heads_; ++h) {
-      const block xs(x + h * kernel::block_rows);
-      block_out to(scratch + h * kernel::block_rows);
-      to = xs * weight;
-      scalars_[at(h)].x += static_cast<double>(to.sum());
-      scalars_[at(h)].power += static_cast<double>((to * reach).sum());
+      const kernel::weighted_totals sums =
+          kernel::weighted_sums(how, rows_of(x, h), w, r2, kernel::block_rows, rows_of(scratch, h));
+      scalars_[at(h)].x += real(sums.sum);
+      scalars_[at(h)].power += real(sums.far);
     }
     kernel::block_add<T>(how, scratch, heads_, values, dv_, storage_.data());
     if (t == nullptr) return;
-    const block factor(t);
+    const bool with_signs = signed_rows_ < most_signed_rows;
     for (index_t h = 0; h < heads_; ++h) {
-      const block xs(x + h * kernel::block_rows);
-      block_out to(scratch + h * kernel::block_rows);
-      to = xs.square() * factor;
+      const kernel::squared_totals sums =
+          kernel::squared_sums(how, rows_of(x, h), t, r2, kernel::block_rows, rows_of(scratch, h));
       stratum_scalars& s = scalars_[at(h)];
-      const Eigen::Array<float, kernel::block_rows, 1> far = to * reach;
-      s.square += static_cast<double>(to.sum());
-      s.spread += static_cast<double>(far.sum());
-      s.f0 += static_cast<double>(to.square().sum());
-      s.f2 += static_cast<double>((to * far).sum());
-      s.f4 += static_cast<double>(far.square().sum());
+      s.square += real(sums.sum), s.spread += real(sums.far);
+      s.f0 += real(sums.f0), s.f2 += real(sums.f2), s.f4 += real(sums.f4);
+      if (!with_signs) continue;
+      tilted_square_[at(h)] += real(sums.sum);
+      tilted_spread_[at(h)] += real(sums.far);
     }
-    if (signed_rows_ >= most_signed_rows) return;
-    for (index_t h = 0; h < heads_; ++h) {
-      const block to(scratch + h * kernel::block_rows);
-      tilted_square_[at(h)] += static_cast<double>(to.sum());
-      tilted_spread_[at(h)] += static_cast<double>((to * reach).sum());
-    }
+    if (!with_signs) return;
     kernel::block_add<T>(how, scratch, heads_, values, dv_, storage_.data() + heads_ * dv_);
-    Eigen::Array<float, kernel::block_rows, 1> root = factor.sqrt();  // and a sign, the same for all heads
+    Eigen::Array<float, kernel::block_rows, 1> root = block(t).sqrt();  // and a sign, the same for all heads
     for (int i = 0; i < static_cast<int>(kernel::block_rows); ++i) root[i] = coins >> i & 1 ? root[i] : -root[i];
     using part_of_block = Eigen::Array<float, sign_rows, 1>;
     for (index_t from = 0; from < values.count; from += sign_rows) {

@@ -146,6 +146,12 @@ inline void block_add(isa how, const float* x, index_t groups, const block_of_ro
 #endif
 }
 
+/// The same of any number of rows: x has room for n rounded up to 16, of which what lies behind n may be overwritten.
+inline void exponentials(isa how, float* x, index_t n, float top) noexcept {
+  for (index_t from = 0; from < n; from += block_rows)
+    static_cast<void>(block_exponentials(how, x + from, std::min(block_rows, n - from), top));
+}
+
 /// The largest of x [n], n in [1, block_rows]; false, and any `top`, if one of them is not finite.
 [[nodiscard]] inline bool block_maximum(isa how, const float* x, index_t n, float& top) noexcept {
 #if VATTN_DISPATCH

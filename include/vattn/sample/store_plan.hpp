@@ -8,8 +8,8 @@
 #include <span>
 
 #include "vattn/kernel/block.hpp"
-#include "vattn/kernel/plan_sums.hpp"
 #include "vattn/kernel/row.hpp"
+#include "vattn/kernel/row_sums.hpp"
 #include "vattn/kernel/scan.hpp"
 
 namespace vattn {
@@ -253,11 +253,7 @@ class store_planner {
   }
 
   // Of a column, whose padding is overwritten.
-  void exponentials(map& x) const noexcept {
-    const index_t n = rows_.size();
-    for (index_t from = 0; from < n; from += kernel::block_rows)
-      static_cast<void>(kernel::block_exponentials(how_, x.data() + from, std::min(kernel::block_rows, n - from), 0));
-  }
+  void exponentials(map& x) const noexcept { kernel::exponentials(how_, x.data(), rows_.size(), 0); }
 
   [[nodiscard]] kernel::plan_totals sums(index_t h, bool group, double a, double share, bool picks) const noexcept {
     const kernel::plan_terms t{

@@ -7,8 +7,8 @@
 #include <limits>
 #include <span>
 
-#include "vattn/kernel/plan_sums.hpp"
 #include "vattn/kernel/row.hpp"
+#include "vattn/kernel/row_sums.hpp"
 #include "vattn/kernel/scan.hpp"
 
 namespace vattn {
@@ -28,15 +28,17 @@ class thinning {
   thinning() = default;
   thinning(kernel::isa how, std::span<float> storage, index_t heads, index_t picks) noexcept
       : how_(how), storage_(storage), heads_(heads), n_(picks) {
-    // What pads the columns is harmless in every sum.
-    for (index_t h = 0; h < heads; ++h) std::fill_n(column(3 * h) + picks, padded(picks) - picks, 1.0f);
     std::fill_n(column(least_) + picks, padded(picks) - picks, 0.0f);
   }
 
   /// [picks] 1/π₁, to be filled by the caller.
   [[nodiscard]] float* inverse() const noexcept { return column(least_); }
-  /// [picks] x_h R_h in any unit, to be filled by the caller before `solve`.
+  /// [picks rounded up to 16] x_h R_h in any unit, to be filled by the caller before `pad` and `solve`.
   [[nodiscard]] float* weight(index_t h) noexcept { return column(3 * h); }
+  /// Makes what lies behind the picks harmless in every sum.
+  void pad(index_t h) noexcept { std::fill_n(column(3 * h) + n_, padded(n_) - n_, 1.0f); }
+  /// Picks rounded up to 16.
+  [[nodiscard]] index_t padded_size() const noexcept { return padded(n_); }
 
   /// `goals` [heads]: variances in the squared unit of a head's weights; infinity: the head asks for nothing. False: a
   /// head does not meet its goal with all picks; then it keeps all of what matters to it.
@@ -45,18 +47,14 @@ class thinning {
     using map = Eigen::Map<Eigen::ArrayXf>;
     const Eigen::Index n = padded(n_);
     map group(column(best_), n);
-    const map inverse(column(least_), n);
     group.setConstant(std::numeric_limits<float>::max());
     std::array<double, kernel::scan_heads> a{};
     for (index_t h = 0; h < heads_; ++h) {
-      const map w(column(3 * h), n);
-      map q(column(3 * h + 1), n), g(column(3 * h + 2), n);
-      q = w.square() * inverse;
-      g = 1 / w.max(1e-25f);
-      total_[at(h)] = static_cast<double>(q.sum());
+      total_[at(h)] = static_cast<double>(
+          kernel::thinning_terms(how_, column(3 * h), column(least_), n, column(3 * h + 1), column(3 * h + 2)));
       goals_[at(h)] = goals[at(h)];
       a[at(h)] = least(h, met);
-      if (a[at(h)] > 0) group = group.min(g * static_cast<float>(1 / a[at(h)]));
+      if (a[at(h)] > 0) group = group.min(map(column(3 * h + 2), n) * static_cast<float>(1 / a[at(h)]));
     }
     // What one head keeps serves the others: how far all may ask for less.
     double low = 0, high = heads_ > 1 ? 2 : 0;

@@ -225,6 +225,20 @@ TEST_CASE("block exponentials to 5e-7, and 0 far below", "[kernel][block]") {
   }
 }
 
+TEST_CASE("exponentials of many rows are those of their blocks", "[kernel][block]") {
+  for (const isa how : available()) {
+    CAPTURE(to_string(how));
+    for (const index_t n : {1, 63, 64, 65, 200}) {
+      std::vector<float> x(static_cast<std::size_t>((n + 15) / 16 * 16), 7.0f);
+      for (index_t i = 0; i < n; ++i) x[static_cast<std::size_t>(i)] = 2 - 0.03f * static_cast<float>(i);
+      const std::vector<float> before = x;
+      kernel::exponentials(how, x.data(), n, 2);
+      for (std::size_t i = 0; i < static_cast<std::size_t>(n); ++i)
+        CHECK(std::abs(x[i] - std::exp(before[i] - 2)) <= 1e-6f * x[i]);
+    }
+  }
+}
+
 TEST_CASE("the block maximum sees every place, and every number that is not finite", "[kernel][block]") {
   constexpr float infinity = std::numeric_limits<float>::infinity();
   for (const isa how : available()) {
