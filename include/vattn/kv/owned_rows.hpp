@@ -12,33 +12,61 @@
 
 namespace vattn::detail {
 
-/// [n_heads, capacity, width], each head in memory of its own: growth moves no head past another, and on Linux copies
-/// nothing (page_buffer). Not checked: rows past the capacity.
+/// [n_heads, capacity, width]. Heads of a huge page or more have memory of their own each: growth moves no head past
+/// another, and on Linux copies nothing (page_buffer). Smaller ones share theirs, so that together they have huge
+/// pages. Not checked: rows past the capacity.
 template <kernel::element T>
 class owned_rows {
  public:
   owned_rows() = default;
-  owned_rows(index_t n_heads, index_t width) : width_(width), heads_(static_cast<std::size_t>(n_heads)) {}
+  owned_rows(index_t n_heads, index_t width)
+      : width_(width), first_(static_cast<std::size_t>(n_heads)), apart_(static_cast<std::size_t>(n_heads)) {}
 
-  [[nodiscard]] T* row(index_t h, index_t i) noexcept { return reinterpret_cast<T*>(at(h).data()) + i * width_; }
+  [[nodiscard]] T* row(index_t h, index_t i) noexcept { return first_[static_cast<std::size_t>(h)] + i * width_; }
   [[nodiscard]] const T* row(index_t h, index_t i) const noexcept {
-    return reinterpret_cast<const T*>(heads_[static_cast<std::size_t>(h)].data()) + i * width_;
+    return first_[static_cast<std::size_t>(h)] + i * width_;
   }
 
   /// Room for n rows a head, n·width·sizeof(T) < 2^63; the first `used`, which there was room for, are kept. False
   /// where there is no memory; nothing is lost then.
   [[nodiscard]] bool reserve(index_t n, index_t used) noexcept {
-    const auto bytes = [&](index_t rows) { return static_cast<std::size_t>(rows * width_) * sizeof(T); };
-    return std::all_of(heads_.begin(), heads_.end(), [&](page_buffer& head) {
-      return head.resize_for_overwrite(bytes(used)) && head.reserve(bytes(n));
+    if (n <= shared_rows_) return true;
+    const std::size_t kept = bytes(used), wanted = bytes(n);
+    const bool were_apart = shared_rows_ == 0 && !first_.empty() && first_.front() != nullptr;
+    if (wanted < page_buffer::huge && !were_apart) {
+      page_buffer fresh;
+      if (!fresh.reserve(first_.size() * wanted)) return false;
+      move_to([&](std::size_t h) { return fresh.data() + h * wanted; }, kept);
+      shared_ = std::move(fresh), shared_rows_ = n;
+      return true;
+    }
+    const bool ok = std::all_of(apart_.begin(), apart_.end(), [&](page_buffer& head) {
+      return (!were_apart || head.resize_for_overwrite(kept)) && head.reserve(wanted);
     });
+    if (!ok && !were_apart) return false;
+    // Where memory ran out, some of them.
+    move_to([&](std::size_t h) { return apart_[h].data(); }, were_apart ? 0 : kept);
+    shared_ = page_buffer(), shared_rows_ = 0;
+    return ok;
   }
 
  private:
-  [[nodiscard]] page_buffer& at(index_t h) noexcept { return heads_[static_cast<std::size_t>(h)]; }
+  [[nodiscard]] std::size_t bytes(index_t rows) const noexcept {
+    return static_cast<std::size_t>(rows * width_) * sizeof(T);
+  }
+  template <class Place>
+  void move_to(const Place& place, std::size_t kept) noexcept {
+    for (std::size_t h = 0; h < first_.size(); ++h) {
+      T* to = reinterpret_cast<T*>(place(h));
+      if (kept > 0) std::memcpy(to, first_[h], kept);
+      first_[h] = to;
+    }
+  }
 
-  index_t width_ = 0;
-  std::vector<page_buffer> heads_;
+  index_t width_ = 0, shared_rows_ = 0;  // capacity of shared_, of each head
+  std::vector<T*> first_;                // [n_heads], where a head's rows are
+  page_buffer shared_;
+  std::vector<page_buffer> apart_;  // [n_heads]
 };
 
 /// to[j] = row[j] for j < width, converted where types differ. `scratch` [width].

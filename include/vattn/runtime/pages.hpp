@@ -32,6 +32,9 @@ namespace vattn {
 /// system knows them; random rows are then found with fewer page walks.
 class page_buffer {
  public:
+  /// Bytes from which on memory is made of huge pages.
+  static constexpr std::size_t huge = std::size_t{1} << 21;
+
   page_buffer() = default;
   ~page_buffer() { release(); }
   page_buffer(const page_buffer&) = delete;
@@ -89,7 +92,7 @@ class page_buffer {
   }
 
  private:
-  static constexpr std::size_t huge = std::size_t{1} << 21, small = 64;
+  static constexpr std::size_t small = 64;
 
 #if VATTN_HAS_PAGE_MOVES
   // Addresses from a multiple of `huge` on, as many as asked for, of pages that are zero. Null where there are none.
