@@ -27,7 +27,6 @@ struct store_scratch {
   std::span<float> table;            // of query_tables::make
   std::span<float> queries;          // [heads, dk]
   std::span<float> output, vectors;  // [heads, dv], [2, dv]
-  std::span<float> level;            // [block_rows]
   store_reader_memory reader;
   std::span<float> plan;                      // plan_rows::storage_size
   std::span<float> plan_terms;                // store_planner::storage_size
@@ -47,7 +46,6 @@ struct store_scratch {
     s.queries = a.take<float>(h * static_cast<std::size_t>(dk));
     s.output = a.take<float>(h * width);
     s.vectors = a.take<float>(2 * width);
-    s.level = a.take<float>(static_cast<std::size_t>(kernel::block_rows));
     s.reader = store_reader_memory::take(a, heads, dk, dv, most_picks(n));
     s.plan = a.take<float>(plan_rows::storage_size(heads));
     s.plan_terms = a.take<float>(store_planner::storage_size(heads));
@@ -230,20 +228,20 @@ class store_sampler {
     constexpr index_t looks = 8;
     const kernel::isa how = kernel::active_isa();
     kernel::scanned_keys keys;
+    Eigen::Array<float, kernel::scan_keys, 1> score, reach;
+    const auto look = [&](index_t b) { return (first_block_ + b * part / looks) % blocks_; };
+    for (index_t b = 0; b < looks; ++b) kernel::fetch_codes(codes_.view(), look(b));
     for (index_t b = 0; b < looks; ++b) {
-      kernel::scan_all(how, query, codes_.view(), (first_block_ + b * part / looks) % blocks_, keys);
+      kernel::scan_all(how, query, codes_.view(), look(b), keys);
+      for (index_t i = 0; i < kernel::scan_keys; ++i) reach[i] = tables_.log_reach(keys.reach[i]);
       for (index_t g = 0; g < heads_; ++g) {
-        float *level = s_.level.data(), sum = 0, square = 0, top = -std::numeric_limits<float>::infinity();
-        for (index_t i = 0; i < kernel::scan_keys; ++i) {
-          const float x = tables_.score(keys.score[g][i]);
-          sum += x;
-          square += x * x;
-          level[i] = x + tables_.log_reach(keys.reach[i]);
-          top = std::max(top, level[i]);
-        }
-        score_mean_[at(g)] += static_cast<double>(sum) / (looks * kernel::scan_keys);
-        score_variance_[at(g)] += static_cast<double>(square) / (looks * kernel::scan_keys);
-        mass[at(g)] += static_cast<double>(kernel::block_exponentials(how, level, kernel::scan_keys, top)) *
+        using steps = Eigen::Array<std::int16_t, kernel::scan_keys, 1>;
+        score = Eigen::Map<const steps>(keys.score[g]).cast<float>() * tables_.step;
+        score_mean_[at(g)] += static_cast<double>(score.mean()) / looks;
+        score_variance_[at(g)] += static_cast<double>(score.square().mean()) / looks;
+        score += reach;
+        const float top = score.maxCoeff();
+        mass[at(g)] += static_cast<double>(kernel::block_exponentials(how, score.data(), kernel::scan_keys, top)) *
                        std::exp(static_cast<double>(top));
       }
     }

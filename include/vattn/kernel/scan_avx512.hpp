@@ -1,6 +1,8 @@
 // The scan for AVX-512 with VBMI: a table of 64 bytes is one register, and vpermb looks 64 keys up in it.
 #pragma once
 
+#include <utility>
+
 #include "vattn/kernel/scan_block.hpp"
 
 #if VATTN_DISPATCH
@@ -35,14 +37,16 @@ struct key_sums {
   __m512i both[std::size_t{H}], odd[std::size_t{H}];
 };
 
-// Adds the table entries of N groups, at most eight, so that their sum fits a byte.
+// Adds the table entries of N groups, at most eight, so that their sum fits a byte. Asks for N lines from `ahead` on:
+// a core alone does not ask for enough of them to get what the memory can deliver, and many at once make it wait.
 template <int H, int N, bool Spread>
 VATTN_SCAN_INLINE void add_groups(const std::byte* planes, const std::uint8_t* table, std::size_t table_stride,
-                                  int first, key_sums<H>& to) noexcept {
+                                  int first, const std::byte* ahead, key_sums<H>& to) noexcept {
   static_assert(N * scan_query::largest_entry < 256);
   constexpr __mmask64 all = ~__mmask64{0};
   __m512i sum[std::size_t{H}];
   VATTN_UNROLL for (int i = 0; i < N; ++i) {
+    prefetch_row<2>(ahead + i * scan_keys, scan_keys);
     // vpermb takes no notice of bits 6 and 7.
     const __m512i number = Spread ? spread_number(planes, first + i) : load(planes + (first + i) * scan_keys);
     VATTN_UNROLL for (int h = 0; h < H; ++h) {
@@ -84,8 +88,6 @@ VATTN_SCAN_INLINE void scan_block_512(const scan_query& q, const threshold_vecto
                                       index_t block, scanned_block& out) noexcept {
   const std::byte* at = codes.first + static_cast<std::size_t>(block) * codes.stride;
   const std::byte* lanes = at + static_cast<std::size_t>(codes.planes) * scan_keys;
-  // A core alone does not ask for enough lines to get what the memory can deliver.
-  prefetch_row<2>(at + 8 * codes.stride, codes.stride);
   // Numbers of a block lie anywhere in their table, which the codes keep pushing out of the first cache.
   prefetch_row(reinterpret_cast<const std::byte*>(noise() + noise_place(q.numbers, block + 4)), 2 * scan_keys + 64);
   std::int16_t threshold[2 * scan_heads];
@@ -95,11 +97,16 @@ VATTN_SCAN_INLINE void scan_block_512(const scan_query& q, const threshold_vecto
   key_sums<H> sums;
   VATTN_UNROLL for (int h = 0; h < H; ++h) sums.both[h] = sums.odd[h] = _mm512_setzero_si512();
   const std::size_t stride = static_cast<std::size_t>(codes.groups) * 64;
+  const std::byte* ahead = at + 8 * codes.stride;
   int g = 0;
-  for (; g + 8 <= codes.planes; g += 8) add_groups<H, 8, false>(at, q.tables + g * 64, stride, g, sums);
-  for (; g < codes.planes; ++g) add_groups<H, 1, false>(at, q.tables + g * 64, stride, g, sums);
-  for (; g + 5 <= codes.groups; g += 5) add_groups<H, 5, true>(at, q.tables + g * 64, stride, g - codes.planes, sums);
-  for (; g < codes.groups; ++g) add_groups<H, 1, true>(at, q.tables + g * 64, stride, g - codes.planes, sums);
+  const auto next = [&](int n) { return std::exchange(ahead, ahead + n * scan_keys); };
+  for (; g + 8 <= codes.planes; g += 8) add_groups<H, 8, false>(at, q.tables + g * 64, stride, g, next(8), sums);
+  for (; g < codes.planes; ++g) add_groups<H, 1, false>(at, q.tables + g * 64, stride, g, next(1), sums);
+  for (; g + 5 <= codes.groups; g += 5)
+    add_groups<H, 5, true>(at, q.tables + g * 64, stride, g - codes.planes, next(5), sums);
+  for (; g < codes.groups; ++g) add_groups<H, 1, true>(at, q.tables + g * 64, stride, g - codes.planes, next(1), sums);
+  // Blocks have more lines than groups, or not many fewer.
+  for (const std::byte* end = at + 9 * codes.stride; ahead < end;) prefetch_row<2>(next(1), scan_keys);
   __m512i even[std::size_t{H}], odd[std::size_t{H}];
   VATTN_UNROLL for (int h = 0; h < H; ++h) {
     odd[h] = sums.odd[h];

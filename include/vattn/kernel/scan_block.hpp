@@ -54,6 +54,11 @@ struct scan_query {
   static constexpr float smallest_step = 1.0f / 256;
 };
 
+/// Asks for a block of codes.
+VATTN_ALWAYS_INLINE void fetch_codes(const code_blocks& codes, index_t block) noexcept {
+  prefetch_row<2>(codes.first + static_cast<std::size_t>(block) * codes.stride, codes.stride);
+}
+
 namespace detail {
 
 /// −ln u in 1/1024 nat, rounded down, for each u = (k + ½)/2^16 once, in random order. A block's numbers are 64
