@@ -177,11 +177,11 @@ template <class Selector, kv_head Head>
                     settings.epsilon * std::sqrt(std::max(0.0, certain_power + low) / (certain + high)));
   };
   const double for_error = settings.scale == error_scale::rms ? 1 - for_scale : 1.0;
-  const auto certify = [&](const detail::certified_sample& e, double error, double scale, guarantee promise) {
+  const auto certify = [&](const detail::certified_sample& e, double stated, guarantee promise) {
     c.rows_exact = fixed + e.certain;
     c.rows_sampled = e.rows - e.certain;
     c.budget = c.rows_sampled;
-    c.epsilon_achieved = error / scale;
+    c.epsilon_achieved = stated;
     c.coherence = e.power > 0 ? e.output_norm / std::sqrt(e.power / e.denominator) : 0;
     c.promise = promise, c.bound = promise == guarantee::deterministic ? "negligible" : "bernstein";
     c.assumptions = "finite-sample: the scores bound the logits, and the values lie as far from their centre as stored";
@@ -220,7 +220,7 @@ template <class Selector, kv_head Head>
     const double error = settings.epsilon / (1 + settings.epsilon) * e.output_norm, rest = tail(k);
     if (!negligible(e, rest, error * (1 - 1e-4))) return false;
     e.certain = e.rows = k;
-    certify(e, error, error / settings.epsilon, guarantee::deterministic);
+    certify(e, settings.epsilon, guarantee::deterministic);
     if (s.chosen) {
       s.chosen.clear();
       s.chosen.add_ends(tokens, settings.sinks, settings.window);
@@ -289,9 +289,9 @@ template <class Selector, kv_head Head>
     if (c.breaches > 0 || fixed + e.rows >= most) break;
     const double error = goal(e, deltas[round]);
     if (holds(e, error, for_error * deltas[round])) {
-      double stated = error;  // the least that this sample shows
-      for (int i = 0; i < 12 && holds(e, stated * 0.97, for_error * deltas[round]); ++i) stated *= 0.97;
-      certify(e, stated, error / settings.epsilon, guarantee::finite_sample);
+      double least = 1;  // of the goal, the least that this sample shows
+      for (int i = 0; i < 12 && holds(e, error * least * 0.97, for_error * deltas[round]); ++i) least *= 0.97;
+      certify(e, settings.epsilon * least, guarantee::finite_sample);
       c.rows_sampled += spent;
       if (s.chosen) {
         s.chosen.clear();

@@ -141,7 +141,7 @@ struct importance_head {
       c.rows_sampled = count - e.certain + scoring_rows;
       c.budget = count - e.certain;
       // The floors are made for ε: of smaller errors they say nothing.
-      c.epsilon_achieved = error2 > 0 ? std::max(std::sqrt(error2 / scale2), shape.kappa * settings.epsilon) : 0;
+      c.epsilon_achieved = error2 > 0 ? settings.epsilon * std::max(std::sqrt(error2 / goal2), shape.kappa) : 0;
       c.denominator_error =
           std::sqrt(squared_radius(e.denominator_variance, e.dimension, e.dof, 0, count, settings.delta));
       c.coherence = e.power > 0 ? std::sqrt(e.output2 / e.power) : 0;

@@ -460,13 +460,12 @@ class store_sampler {
       const bool covered = missing <= 0;
       if (verified && covered) {
         done_[at(g)] = true;
-        const double scale2 = goal / (settings_.epsilon * settings_.epsilon);
         c.rows_exact = fixed();
         c.rows_sampled = sampled;
         c.budget = sampled;
         // What the floors leave to chance shows in no variance where none of it was drawn.
         const double hidden = shape.kappa * settings_.epsilon;
-        c.epsilon_achieved = std::max(std::sqrt(error2 / scale2), hidden);
+        c.epsilon_achieved = error2 > 0 ? std::max(settings_.epsilon * std::sqrt(error2 / goal), hidden) : hidden;
         c.denominator_error = std::hypot(std::sqrt(squared_radius(e.denominator_variance, 1, e.dof)), hidden);
         c.coherence = e.power > 0 ? std::sqrt(e.output2 / e.power) : 0;
         c.promise = B::kind, c.bound = B::name;
