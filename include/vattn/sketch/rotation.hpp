@@ -3,6 +3,7 @@
 
 #include <Eigen/Core>
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cmath>
 #include <span>
@@ -30,29 +31,22 @@ class random_rotation {
   /// In place: the first dim() of `x` [width()] are the input, the rest is overwritten.
   void apply(std::span<float> x) const noexcept {
     for (std::size_t j = dim_; j < width_; ++j) x[j] = 0;
+    using four = Eigen::Array4f;
+    using four_map = Eigen::Map<four>;
     for (std::uint32_t round = 0; round < 2; ++round) {
       random_stream signs({.seed = seed_, .layer = purpose}, round);
-      for (std::size_t j = 0; j < width_; j += 32) {
-        const std::uint32_t bits = signs.next();
-        for (std::size_t i = j; i < std::min(j + 32, width_); ++i) {
-          const std::uint32_t sign = (bits >> (i - j)) << 31;
-          x[i] = std::bit_cast<float>(std::bit_cast<std::uint32_t>(x[i]) ^ sign);
-        }
-      }
-      for (std::size_t half = 1; half < 4; half *= 2) {
-        for (std::size_t j = 0; j < width_; j += 2 * half) {
-          for (std::size_t i = j; i < j + half; ++i) {
-            const float a = x[i], b = x[i + half];
-            x[i] = a + b;
-            x[i + half] = a - b;
-          }
-        }
+      std::uint32_t bits = 0;
+      for (std::size_t j = 0; j < width_; j += 4, bits >>= 4) {
+        if (j % 32 == 0) bits = signs.next();
+        // Butterflies of neighbours, and of pairs.
+        const four v = four_map(&x[j]) * Eigen::Map<const four>(plus_minus[bits % 16].data());
+        const float a = v[0] + v[1], b = v[0] - v[1], c = v[2] + v[3], d = v[2] - v[3];
+        four_map(&x[j]) << a + c, b + d, a - c, b - d;
       }
       for (std::size_t half = 4; half < width_; half *= 2) {
         for (std::size_t j = 0; j < width_; j += 2 * half) {
           for (std::size_t i = j; i < j + half; i += 4) {
-            using four = Eigen::Array4f;
-            Eigen::Map<four> low(&x[i]), high(&x[i + half]);
+            four_map low(&x[i]), high(&x[i + half]);
             const four a = low, b = high;
             low = a + b;
             high = a - b;
@@ -68,6 +62,14 @@ class random_rotation {
   [[nodiscard]] static std::size_t width_of(std::size_t dim) noexcept {
     return std::bit_ceil(std::max<std::size_t>(dim, 8));
   }
+  // Signs of four coordinates, by four random bits.
+  static constexpr auto plus_minus = [] {
+    std::array<std::array<float, 4>, 16> signs{};
+    for (std::size_t bits = 0; bits < 16; ++bits) {
+      for (std::size_t i = 0; i < 4; ++i) signs[bits][i] = bits >> i & 1 ? -1.0f : 1.0f;
+    }
+    return signs;
+  }();
   static constexpr std::uint32_t purpose = 0x50524f54;  // keeps these signs apart from any layer's draws
   std::size_t dim_ = 0, width_ = 0;
   std::uint64_t seed_ = 0;
