@@ -1,65 +1,18 @@
 // Memory that runs out: an index that fails to grow is as it was; a call says so; the decode path asks for none.
-#include <cstdlib>
 #include <new>
 #include <random>
 #include <string>
 #include <vector>
 
+#include "support/allocations.hpp"
 #include "support/catch.hpp"
 #include "support/problem.hpp"
 #include "vattn/vattn.hpp"
 
 namespace {
 
-// Of the next allocations, the one that fails; and how many there were. Not for threads.
-long fail_at = -1, allocations = 0;
-
-bool fails() { return ++allocations == fail_at; }
-
-void* allocate(std::size_t size, std::size_t alignment) {
-  if (fails()) return nullptr;
-  const std::size_t rounded = (size + alignment - 1) / alignment * alignment;
-  return alignment > alignof(std::max_align_t) ? std::aligned_alloc(alignment, rounded == 0 ? alignment : rounded)
-                                               : std::malloc(size == 0 ? 1 : size);
-}
-
-void* allocate_or_throw(std::size_t size, std::size_t alignment) {
-  void* p = allocate(size, alignment);
-  if (p == nullptr) throw std::bad_alloc();
-  return p;
-}
-
-}  // namespace
-
-// Everything that the program allocates; malloc and free fit each other whatever the alignment.
-void* operator new(std::size_t size) { return allocate_or_throw(size, 1); }
-void* operator new[](std::size_t size) { return allocate_or_throw(size, 1); }
-void* operator new(std::size_t size, std::align_val_t a) { return allocate_or_throw(size, std::size_t(a)); }
-void* operator new[](std::size_t size, std::align_val_t a) { return allocate_or_throw(size, std::size_t(a)); }
-void* operator new(std::size_t size, const std::nothrow_t&) noexcept { return allocate(size, 1); }
-void* operator new[](std::size_t size, const std::nothrow_t&) noexcept { return allocate(size, 1); }
-void* operator new(std::size_t size, std::align_val_t a, const std::nothrow_t&) noexcept {
-  return allocate(size, std::size_t(a));
-}
-void* operator new[](std::size_t size, std::align_val_t a, const std::nothrow_t&) noexcept {
-  return allocate(size, std::size_t(a));
-}
-void operator delete(void* p) noexcept { std::free(p); }
-void operator delete[](void* p) noexcept { std::free(p); }
-void operator delete(void* p, std::size_t) noexcept { std::free(p); }
-void operator delete[](void* p, std::size_t) noexcept { std::free(p); }
-void operator delete(void* p, std::align_val_t) noexcept { std::free(p); }
-void operator delete[](void* p, std::align_val_t) noexcept { std::free(p); }
-void operator delete(void* p, std::size_t, std::align_val_t) noexcept { std::free(p); }
-void operator delete[](void* p, std::size_t, std::align_val_t) noexcept { std::free(p); }
-void operator delete(void* p, const std::nothrow_t&) noexcept { std::free(p); }
-void operator delete[](void* p, const std::nothrow_t&) noexcept { std::free(p); }
-void operator delete(void* p, std::align_val_t, const std::nothrow_t&) noexcept { std::free(p); }
-void operator delete[](void* p, std::align_val_t, const std::nothrow_t&) noexcept { std::free(p); }
-
-namespace {
-
 using vattn::index_t;
+using vattn::test::allocations, vattn::test::fail_at;
 using namespace vattn::test;
 
 constexpr index_t dim = 8;

@@ -1,48 +1,16 @@
 // No allocation on the decode path: after a first call of the same shape, none of the calls below asks for memory.
-#include <atomic>
-#include <cstdlib>
-#include <new>
 #include <vattn/runtime/thread_pool.hpp>
 #include <vattn/sketch/codes.hpp>
 #include <vector>
 
+#include "support/allocations.hpp"
 #include "support/catch.hpp"
 #include "support/problem.hpp"
 
 namespace {
-std::atomic<long> allocations{0};
-
-void* counted(std::size_t size, std::size_t alignment = alignof(std::max_align_t)) noexcept {
-  ++allocations;
-  return std::aligned_alloc(alignment, (size + alignment - 1) / alignment * alignment);
-}
-void* must(void* p) {
-  if (p == nullptr) std::abort();
-  return p;
-}
-}  // namespace
-
-void* operator new(std::size_t n) { return must(counted(n)); }
-void* operator new[](std::size_t n) { return must(counted(n)); }
-void* operator new(std::size_t n, std::align_val_t a) { return must(counted(n, static_cast<std::size_t>(a))); }
-void* operator new[](std::size_t n, std::align_val_t a) { return must(counted(n, static_cast<std::size_t>(a))); }
-void* operator new(std::size_t n, const std::nothrow_t&) noexcept { return counted(n); }
-void* operator new[](std::size_t n, const std::nothrow_t&) noexcept { return counted(n); }
-void* operator new(std::size_t n, std::align_val_t a, const std::nothrow_t&) noexcept {
-  return counted(n, static_cast<std::size_t>(a));
-}
-void operator delete(void* p) noexcept { std::free(p); }
-void operator delete[](void* p) noexcept { std::free(p); }
-void operator delete(void* p, std::size_t) noexcept { std::free(p); }
-void operator delete[](void* p, std::size_t) noexcept { std::free(p); }
-void operator delete(void* p, std::align_val_t) noexcept { std::free(p); }
-void operator delete[](void* p, std::align_val_t) noexcept { std::free(p); }
-void operator delete(void* p, std::size_t, std::align_val_t) noexcept { std::free(p); }
-void operator delete[](void* p, std::size_t, std::align_val_t) noexcept { std::free(p); }
-
-namespace {
 
 using namespace vattn;
+using test::allocations;
 
 using test_problem = test::problem<Eigen::bfloat16>;
 
