@@ -13,6 +13,10 @@
 #include "roofline_modes.hpp"
 #include "support/atomic_file.hpp"
 
+#if defined(__unix__)
+#include <unistd.h>
+#endif
+
 namespace {
 
 using namespace vattn;
@@ -39,9 +43,21 @@ struct row {
   std::vector<double> stages;  // ms of a step, all threads together
 };
 
+// Twice what the last cache holds, where the system says, but no more than a gigabyte.
+std::size_t other_bytes() {
+  constexpr std::size_t least = std::size_t{96} << 20, most = std::size_t{1} << 30;
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+  const long cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
+  return std::clamp(cache > 0 ? 2 * static_cast<std::size_t>(cache) : 0, least, most);
+#else
+  static_cast<void>(most);
+  return least;
+#endif
+}
+
 // Brings other data into the caches, on all threads: in a model other layers come between two steps of one.
 void forget(thread_pool& pool) {
-  static const std::vector<std::byte> other(std::size_t{96} << 20);
+  static const std::vector<std::byte> other(other_bytes());
   static std::atomic<std::uint64_t> sink{0};
   const index_t parts = 4 * pool.workers(), size = static_cast<index_t>(other.size()) / parts / 64 * 64;
   pool.for_each(parts, [&](index_t part, index_t) {
