@@ -106,7 +106,8 @@ VATTN_SCAN_INLINE void scan_block_512(const scan_query& q, const threshold_vecto
     add_groups<H, 5, true>(at, q.tables + g * 64, stride, g - codes.planes, next(5), sums);
   for (; g < codes.groups; ++g) add_groups<H, 1, true>(at, q.tables + g * 64, stride, g - codes.planes, next(1), sums);
   // Blocks have more lines than groups, or not many fewer.
-  for (const std::byte* end = at + 9 * codes.stride; ahead < end;) prefetch_row<2>(next(1), scan_keys);
+  const std::byte* end = at + 9 * codes.stride;
+  while (ahead < end) prefetch_row<2>(next(1), scan_keys);
   __m512i even[std::size_t{H}], odd[std::size_t{H}];
   VATTN_UNROLL for (int h = 0; h < H; ++h) {
     odd[h] = sums.odd[h];
