@@ -210,12 +210,9 @@ class store_reader {
       Eigen::Map<Eigen::ArrayXf> w(to, picks);
       const auto x = static_cast<double>((w * inverse).sum());
       w *= (r2 + static_cast<float>(away2[at(h)])).sqrt();
-      thin_.pad(h);
-      const auto variance = [&](float scale) {
-        return kernel::variance_sums(how_, to, thin_.inverse(), thin_.padded_size(), scale);
-      };
-      const float all = variance(1).sum;
-      found[at(h)] = {x, static_cast<double>(all), all > 1e-30f ? static_cast<double>(variance(1 / all).squares) : 0};
+      const float all = thin_.all_kept(h, 1).sum;
+      const float squares = all > 1e-30f ? thin_.all_kept(h, 1 / all).squares : 0;
+      found[at(h)] = {x, static_cast<double>(all), static_cast<double>(squares)};
     }
   }
 

@@ -33,12 +33,15 @@ class thinning {
 
   /// [picks] 1/π₁, to be filled by the caller.
   [[nodiscard]] float* inverse() const noexcept { return column(least_); }
-  /// [picks rounded up to 16] x_h R_h in any unit, to be filled by the caller before `pad` and `solve`.
+  /// [picks rounded up to 16] x_h R_h in any unit, to be filled by the caller before what follows; what lies behind the
+  /// picks may be overwritten.
   [[nodiscard]] float* weight(index_t h) noexcept { return column(3 * h); }
-  /// Makes what lies behind the picks harmless in every sum.
-  void pad(index_t h) noexcept { std::fill_n(column(3 * h) + n_, padded(n_) - n_, 1.0f); }
-  /// Picks rounded up to 16.
-  [[nodiscard]] index_t padded_size() const noexcept { return padded(n_); }
+
+  /// Of t = scale·(x R)²/π₁·(1/π₁ − 1): head h's variance if all picks are kept.
+  [[nodiscard]] kernel::variance_totals all_kept(index_t h, float scale) noexcept {
+    pad(h);
+    return kernel::variance_sums(how_, column(3 * h), column(least_), padded(n_), scale);
+  }
 
   /// `goals` [heads]: variances in the squared unit of a head's weights; infinity: the head asks for nothing. False: a
   /// head does not meet its goal with all picks; then it keeps all of what matters to it.
@@ -50,6 +53,7 @@ class thinning {
     group.setConstant(std::numeric_limits<float>::max());
     std::array<double, kernel::scan_heads> a{};
     for (index_t h = 0; h < heads_; ++h) {
+      pad(h);
       total_[at(h)] = static_cast<double>(
           kernel::thinning_terms(how_, column(3 * h), column(least_), n, column(3 * h + 1), column(3 * h + 2)));
       goals_[at(h)] = goals[at(h)];
@@ -77,6 +81,8 @@ class thinning {
   [[nodiscard]] static constexpr std::size_t at(index_t i) noexcept { return static_cast<std::size_t>(i); }
   [[nodiscard]] static constexpr index_t padded(index_t n) noexcept { return (n + 15) / 16 * 16; }
   [[nodiscard]] float* column(index_t which) const noexcept { return storage_.data() + which * padded(n_); }
+  // Makes what lies behind a head's weights harmless in every sum.
+  void pad(index_t h) noexcept { std::fill_n(column(3 * h) + n_, padded(n_) - n_, 1.0f); }
 
   [[nodiscard]] double variance(index_t h, bool group, double a) const noexcept {
     const float* g = group ? column(best_) : column(3 * h + 2);

@@ -1,5 +1,7 @@
 #include "vattn/sample/thinning.hpp"
 
+#include <array>
+#include <cmath>
 #include <random>
 #include <vector>
 
@@ -103,4 +105,25 @@ TEST_CASE("heads that ask for nothing are given nothing", "[sample][thinning]") 
   for (index_t i = 0; i < 400; ++i)
     kept += static_cast<double>(p.inverse[static_cast<std::size_t>(i)] / t.inverse_probability(i));
   CHECK(kept < 1e-6);
+}
+
+TEST_CASE("thinning asks nothing of the memory that it is given", "[sample]") {
+  const picked p(3, 83, 5);  // no multiple of 16
+  std::array<double, kernel::scan_heads> goals{};
+  for (index_t h = 0; h < p.heads; ++h)
+    goals[static_cast<std::size_t>(h)] =
+        2 * p.variance(h, [&](index_t i) { return p.inverse[static_cast<std::size_t>(i)]; });
+  std::vector<float> found[2];
+  for (const bool garbage : {false, true}) {
+    std::vector<float> storage(thinning::storage_size(p.heads, p.n), garbage ? std::nanf("") : 0.0f);
+    thinning t(kernel::active_isa(), storage, p.heads, p.n);
+    p.fill(t);
+    for (index_t h = 0; h < p.heads; ++h) {
+      const double all = goals[static_cast<std::size_t>(h)] / 2;
+      CHECK_THAT(t.all_kept(h, 1).sum, test::WithinRel(static_cast<float>(all), 1e-4f));
+    }
+    CHECK(t.solve(goals));
+    for (index_t i = 0; i < p.n; ++i) found[garbage].push_back(t.inverse_probability(i));
+  }
+  CHECK(found[0] == found[1]);
 }
