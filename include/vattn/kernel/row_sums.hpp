@@ -1,8 +1,6 @@
 // Sums over columns of numbers, a row's each, that plan a sample's size and judge it: for every instruction set.
 #pragma once
 
-#include <algorithm>
-#include <cmath>
 #include <cstring>
 
 #include "vattn/kernel/block_vectors.hpp"

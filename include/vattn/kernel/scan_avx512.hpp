@@ -1,8 +1,6 @@
 // The scan for AVX-512 with VBMI: a table of 64 bytes is one register, and vpermb looks 64 keys up in it.
 #pragma once
 
-#include <utility>
-
 #include "vattn/kernel/scan_block.hpp"
 
 #if VATTN_DISPATCH
@@ -97,17 +95,17 @@ VATTN_SCAN_INLINE void scan_block_512(const scan_query& q, const threshold_vecto
   key_sums<H> sums;
   VATTN_UNROLL for (int h = 0; h < H; ++h) sums.both[h] = sums.odd[h] = _mm512_setzero_si512();
   const std::size_t stride = static_cast<std::size_t>(codes.groups) * 64;
-  const std::byte* ahead = at + 8 * codes.stride;
+  const std::byte* ahead = at + 8 * codes.stride;  // a line with each group
   int g = 0;
-  const auto next = [&](int n) { return std::exchange(ahead, ahead + n * scan_keys); };
-  for (; g + 8 <= codes.planes; g += 8) add_groups<H, 8, false>(at, q.tables + g * 64, stride, g, next(8), sums);
-  for (; g < codes.planes; ++g) add_groups<H, 1, false>(at, q.tables + g * 64, stride, g, next(1), sums);
+  for (; g + 8 <= codes.planes; g += 8)
+    add_groups<H, 8, false>(at, q.tables + g * 64, stride, g, ahead + g * scan_keys, sums);
+  for (; g < codes.planes; ++g) add_groups<H, 1, false>(at, q.tables + g * 64, stride, g, ahead + g * scan_keys, sums);
   for (; g + 5 <= codes.groups; g += 5)
-    add_groups<H, 5, true>(at, q.tables + g * 64, stride, g - codes.planes, next(5), sums);
-  for (; g < codes.groups; ++g) add_groups<H, 1, true>(at, q.tables + g * 64, stride, g - codes.planes, next(1), sums);
+    add_groups<H, 5, true>(at, q.tables + g * 64, stride, g - codes.planes, ahead + g * scan_keys, sums);
+  for (; g < codes.groups; ++g)
+    add_groups<H, 1, true>(at, q.tables + g * 64, stride, g - codes.planes, ahead + g * scan_keys, sums);
   // Blocks have more lines than groups, or not many fewer.
-  const std::byte* end = at + 9 * codes.stride;
-  while (ahead < end) prefetch_row<2>(next(1), scan_keys);
+  for (; static_cast<std::size_t>(g * scan_keys) < codes.stride; ++g) prefetch_row<2>(ahead + g * scan_keys, scan_keys);
   __m512i even[std::size_t{H}], odd[std::size_t{H}];
   VATTN_UNROLL for (int h = 0; h < H; ++h) {
     odd[h] = sums.odd[h];
