@@ -57,7 +57,7 @@ template <class Selector, kv_head Head>
   const score_result scored = selector.score(row, tokens, {scores, s.errors, s.value_centre, s.selector});
   s.lagging = scored.lagging;
   if (!scored.ok) return false;
-  const auto distance = select::value_distances(row.head, tokens, s.value_centre);
+  const auto distance = select::value_distances(row, tokens, s.value_centre);
   float top = -std::numeric_limits<float>::infinity(), nearest = std::numeric_limits<float>::infinity(), farthest = 0;
   double mean = 0;
   for (index_t j = first; j < last; ++j) {
@@ -111,7 +111,7 @@ template <class Selector, kv_head Head>
     task.state.raise(reference);
     task.state.merge(exact);
     for (const weighted_row& r : rows) {
-      const auto value = row.head.value(tokens[r.place]);
+      const auto value = row.value(tokens[r.place]);
       const double p = static_cast<double>(r.probability);
       const double x = std::exp(static_cast<double>(r.logit - reference)) / p;
       const double power = x * static_cast<double>(squared_norm(value));
@@ -138,7 +138,7 @@ template <class Selector, kv_head Head>
       const double p = static_cast<double>(r.probability);
       const double x = std::exp(static_cast<double>(r.logit) - e.reference);
       const double a = (1 - p) / (p * p) * x * x;
-      load(row.head.value(tokens[r.place]), s.output.data());
+      load(row.value(tokens[r.place]), s.output.data());
       kernel::float_map y(s.output.data(), width);
       y -= o;
       e.sum.weight += a;

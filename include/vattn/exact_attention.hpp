@@ -24,6 +24,7 @@ template <kv_head Head>
 template <class Q, kv_cache KV, executor E = serial_executor>
 status exact_attention(const tensor_view<const Q, 4>& q, const KV& cache, const attention_options& options,
                        const attention_result& result, workspace& memory, E&& exec = E{}) noexcept {
+  const kernel::floating_point_scope standard;
   if (status s = check_call(q, cache, options, result); !s) return s;
   using head = std::remove_cvref_t<decltype(cache.head(0, 0))>;
   // A part of the tasks is of no use there: the second half of them needs the results of the first.

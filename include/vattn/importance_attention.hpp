@@ -88,7 +88,7 @@ struct importance_head {
     unusable = !can_sample(scores.subspan(skip, ranked), errors.subspan(skip, ranked));
     if (unusable) return true;
 
-    const auto distance = select::value_distances(task.row.head, tokens, s.value_centre);
+    const auto distance = select::value_distances(task.row, tokens, s.value_centre);
     pi = sample::importance(s.weights, s.floors, s.reaches, frame.prior);
     pi.prepare(
         scores, errors, [&](index_t j) { return distance(tokens[j]); }, settings.sinks, n - settings.window,
@@ -140,8 +140,10 @@ struct importance_head {
       c.rows_exact = settings.sinks + settings.window + e.certain;
       c.rows_sampled = count - e.certain + scoring_rows;
       c.budget = count - e.certain;
-      // The floors are made for ε: of smaller errors they say nothing.
-      c.epsilon_achieved = error2 > 0 ? settings.epsilon * std::max(std::sqrt(error2 / goal2), shape.kappa) : 0;
+      // The floors are made for ε: of smaller errors they say nothing, nor does a sample whose rows are all certain,
+      // unless it is all there is.
+      const bool all = settings.sinks + settings.window + count == frame.n;
+      c.epsilon_achieved = all ? 0 : settings.epsilon * std::max(goal2 > 0 ? std::sqrt(error2 / goal2) : 0, shape.kappa);
       c.denominator_error =
           std::sqrt(squared_radius(e.denominator_variance, e.dimension, e.dof, 0, count, settings.delta));
       c.coherence = e.power > 0 ? std::sqrt(e.output2 / e.power) : 0;

@@ -98,14 +98,15 @@ class store_sampler {
   /// Attends every head: verified, or exactly where that costs less or does not come to an end.
   void run() noexcept {
     if (!worth_sampling(head_.size(), head_.past(), heads_)) return rest_exactly();
-    // Squares of distances are to be numbers that float holds well.
-    if (!(codes_.reach_unit() > 1e-12f && codes_.reach_unit() < 1e12f)) return rest_exactly();
+    // Values that are unlike those from which the codes have their typical distance: its square would be no float.
+    if (!(reach_unit() > 0x1p-40f && reach_unit() < 0x1p40f)) return rest_exactly();
     const read_costs costs(kernel::active_isa(), heads_);
     enter(stage::tables);
     for (index_t g = 0; g < heads_; ++g)
       std::copy_n(group_[g].row.scaled_query, head_.dk(), s_.queries.data() + g * head_.dk());
     if (!tables_.make(codes_, s_.queries.data(), heads_, head_.dk(), s_.tables, s_.table)) return rest_exactly();
-    store_reader<Head> read(head_, tables_, heads_, s_.queries.data(), group_[0].row.scale, s_.reader, random_.fork(1));
+    store_reader<Head> read(head_, tables_, heads_, s_.queries.data(), group_[0].row.scale, s_.reader, random_.fork(1),
+                            unit());
     sample_until_verified(read, costs);
     for (index_t g = 0; g < heads_; ++g) group_[g].ok = group_[g].ok && (read.odd() >> g & 1) == 0;
     rest_exactly();
@@ -114,6 +115,10 @@ class store_sampler {
  private:
   [[nodiscard]] static constexpr std::size_t at(index_t i) noexcept { return static_cast<std::size_t>(i); }
   static constexpr index_t pilot_blocks = 4;
+
+  // Lengths of values are in the queries' value unit.
+  [[nodiscard]] float unit() const noexcept { return group_[0].row.value_unit; }
+  [[nodiscard]] float reach_unit() const noexcept { return codes_.reach_unit() * unit(); }
 
   // No more than any threshold can be lowered by: goals may shrink to nothing.
   [[nodiscard]] index_t steps(double nats) const noexcept {
@@ -299,7 +304,7 @@ class store_sampler {
     kernel::scan_query& query = tables_.query;
     float away = 0;
     for (index_t g = 0; g < heads_; ++g) away = std::max(away, away_[at(g)]);
-    const float step = tables_.step, least = away > 0 ? std::log(away / codes_.reach_unit()) / step : -32767.0f;
+    const float step = tables_.step, least = away > 0 ? std::log(away / reach_unit()) / step : -32767.0f;
     query.least_reach = static_cast<std::int16_t>(std::clamp(least, -32767.0f, 32767.0f));
     for (index_t g = 0; g < heads_; ++g) {
       const auto in_steps = [&](double nats) {
@@ -335,9 +340,10 @@ class store_sampler {
   // output by f must cost at most κ·ε·T, and moves it by x‖v − ô‖ <= x(r + ‖ô − c‖), at a typical r.
   [[nodiscard]] double floor_threshold(const store_reader<Head>& read, index_t g,
                                        const strata_estimate& e) const noexcept {
-    const double unit = static_cast<double>(codes_.reach_unit()), away = std::max(1e-12, std::sqrt(e.away2));
-    return std::log(shape.kappa * std::sqrt(goal2(e)) * e.denominator) + static_cast<double>(read.reference(g)) -
-           static_cast<double>(tables_.offset[at(g)]) - std::log(unit + std::min(away, unit * unit / away));
+    const double typical = static_cast<double>(reach_unit()), away = std::max(1e-12 * typical, std::sqrt(e.away2));
+    return std::log(shape.kappa * std::sqrt(goal2(e)) * e.denominator /
+                    (typical + std::min(away, typical * (typical / away)))) +
+           static_cast<double>(read.reference(g)) - static_cast<double>(tables_.offset[at(g)]);
   }
 
   [[nodiscard]] store_choice choose(const read_costs& costs, const store_reader<Head>& read) noexcept {
@@ -345,7 +351,7 @@ class store_sampler {
     for (index_t g = 0; g < heads_; ++g) {
       const strata_estimate& e = estimate_[at(g)];
       const double margin = plan_margin / known_variance_radius2(e.dimension);
-      away_[at(g)] = std::max(codes_.reach_unit() / 2, static_cast<float>(1.1 * std::sqrt(e.away2)));
+      away_[at(g)] = std::max(reach_unit() / 2, static_cast<float>(1.1 * std::sqrt(e.away2)));
       planner.head(g, {.goal = margin * goal2(e) * e.denominator * e.denominator,
                        .reference = read.reference(g),
                        .away2 = e.away2,
@@ -429,7 +435,7 @@ class store_sampler {
     const double weighed =
         choice_.floor[at(g)] - reserve + static_cast<double>(above_) * static_cast<double>(tables_.step);
     // Levels have max(r, away_): keys whose r is less are too low by as much as away_ is.
-    const double want = floor + 0.35 - std::max(0.0, std::log(0.8 * away / std::max<double>(away_[at(g)], 1e-30)));
+    const double want = floor + 0.35 - std::max(0.0, std::log(0.8 * away / static_cast<double>(away_[at(g)])));
     if (choice_.floor[at(g)] - sure_reserve > want) return std::numeric_limits<double>::infinity();
     return weighed - want;
   }
@@ -477,7 +483,7 @@ class store_sampler {
         task.state.add_denominator(e.denominator);
         const std::span<float> to = task.state.numerator();
         for (std::size_t j = 0; j < to.size(); ++j)
-          to[j] = s_.output[at(g) * to.size() + j] * static_cast<float>(e.denominator);
+          to[j] = s_.output[at(g) * to.size() + j] * unit() * static_cast<float>(e.denominator);
         continue;
       }
       next = std::max(next, next_step::extend);

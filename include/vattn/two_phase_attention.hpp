@@ -47,7 +47,7 @@ void attend_in_two_phases(head_group<Head>& group, const config& settings, const
         usable = false;
         break;
       }
-      const auto distance = select::value_distances(task.row.head, all, s.value_centre);
+      const auto distance = select::value_distances(task.row, all, s.value_centre);
       auto& p = pi[static_cast<std::size_t>(g)];
       p = sample::importance(s.weights, s.floors, s.reaches);
       p.prepare(

@@ -44,6 +44,7 @@ class vattention {
   /// Bytes of workspace for sequences of at most n tokens. `masked`: the call has a mask, or positions.
   [[nodiscard]] std::size_t workspace_bytes(index_t n, index_t dk, index_t dv, bool masked = false,
                                             index_t workers = 1) const noexcept {
+    const kernel::floating_point_scope standard;
     scratch::sparse_sizes sparse = sizes(n, dv);
     // The same for elements of any type.
     if constexpr (from_store) sparse.group_bytes = store_bytes<store_head<float>>(n, max_group, dk, dv);
@@ -56,6 +57,7 @@ class vattention {
   status operator()(const tensor_view<const Q, 4>& q, const KV& cache, const attention_options& options,
                     const attention_result& result, workspace& memory, const draw_key& key = {}, E&& exec = E{},
                     Observer&& observe = Observer{}) const noexcept {
+    const kernel::floating_point_scope standard;
     if (status s = settings_.validate(); !s) return s;
     if (status s = check_call(q, cache, options, result); !s) return s;
     vattention each = *this;
@@ -232,11 +234,12 @@ class vattention {
   }
 
   // Sampled rows whose logit is above what their score says at most. A contribution is at least the logit plus
-  // log(offset).
+  // log(offset/unit).
   [[nodiscard]] static index_t breaches(std::span<const drawn_row> rows, const score_result& said,
                                         std::span<const float> scores) noexcept {
     if (said.kind == score_kind::ranking) return 0;
-    const float least = said.kind == score_kind::contribution ? std::log(said.value_offset) : 0.0f;
+    const float least =
+        said.kind == score_kind::contribution ? std::log(said.value_offset / said.contribution_unit) : 0.0f;
     index_t count = 0;
     for (const drawn_row& r : rows) count += r.logit + least > scores[r.place] + 1e-3f * (1 + std::abs(r.logit));
     return count;

@@ -1,4 +1,4 @@
-# cmake -DCOMPILER= -DSTANDARD= -DINCLUDE= -DSYSTEM_INCLUDE= -DSOURCE= -DMESSAGE= -P must_fail.cmake
+# cmake -DCOMPILER= -DSTANDARD= -DINCLUDE= -DSYSTEM_INCLUDE= -DSOURCE= -DMESSAGE= -DFLAGS= -P must_fail.cmake
 set(command "${COMPILER}" ${STANDARD} -fsyntax-only -Werror=unused-result "-I${INCLUDE}")
 foreach(directory IN LISTS SYSTEM_INCLUDE)
   string(REGEX REPLACE "^\\$<BUILD_INTERFACE:(.*)>$" "\\1" directory "${directory}")
@@ -9,7 +9,7 @@ execute_process(COMMAND ${command} -DVATTN_CORRECTED "${SOURCE}" RESULT_VARIABLE
 if(NOT result EQUAL 0)
   message(FATAL_ERROR "the corrected form of ${SOURCE} does not compile:\n${errors}")
 endif()
-execute_process(COMMAND ${command} "${SOURCE}" RESULT_VARIABLE result ERROR_VARIABLE errors)
+execute_process(COMMAND ${command} ${FLAGS} "${SOURCE}" RESULT_VARIABLE result ERROR_VARIABLE errors)
 if(result EQUAL 0)
   message(FATAL_ERROR "${SOURCE} compiles, but must not")
 endif()

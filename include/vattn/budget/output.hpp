@@ -80,7 +80,7 @@ struct output {
     j.population = e.population;
     j.sampled = e.sampled;
     j.second_moment = (e.s.C + s * s * e.s.A) / e.sampled;
-    j.radius = std::exp(l.order.bound() - e.reference) *
+    j.radius = l.contribution(l.order.bound()) *
                reach(
                    l, [&](std::size_t i) { return double{l.moments.centre()[i]}; }, s);
     const double error = B::radius(j, e.sampled, level<B>(l.settings));
@@ -121,12 +121,15 @@ struct output {
   [[nodiscard]] static double unseen_term(const look& l, float bound) noexcept {
     const estimate& e = l.now;
     if (l.scores.kind == score_kind::ranking || l.order.size() == l.order.count()) return 0;
-    const double x = std::exp(bound - e.reference) / e.denominator;
     if (l.scores.kind == score_kind::contribution)
-      return x * reach(
-                     l, [&](std::size_t j) { return double{l.moments.centre()[j]} + l.offset[j]; }, 0);
+      return l.contribution(bound) / e.denominator * reach(
+                                                         l,
+                                                         [&](std::size_t j) {
+                                                           return double{l.moments.centre()[j]} + l.offset[j];
+                                                         },
+                                                         0);
     // Logits say nothing of ‖v‖: a value as large as the attended ones are in the mean, opposite to ô.
-    return x * (std::sqrt(e.power) + std::sqrt(e.output2));
+    return std::exp(bound - e.reference) / e.denominator * (std::sqrt(e.power) + std::sqrt(e.output2));
   }
 
   // Fewest rows k + m predicted to reach `tau`. Taking the ranks up to k' out of the residual leaves the

@@ -32,6 +32,12 @@ struct look {
   std::span<const float> value_centre;  ///< [dv], of score_kind::contribution
   const config& settings;
   bool with_replacement;
+
+  /// The most that x·sqrt(‖v − centre‖² + offset²) can be where the score is no more than this, of
+  /// score_kind::contribution.
+  [[nodiscard]] double contribution(float score) const noexcept {
+    return std::exp(score - now.reference) * double{scores.contribution_unit};
+  }
 };
 
 struct verdict {
@@ -100,9 +106,9 @@ template <bound B>
   d.variance = std::max(0.0, (e.s.A - e.s.S * e.s.S / e.sampled) / (e.sampled - 1));
   d.second_moment = e.s.A / e.sampled;
   // The k-th score bounds every residual logit, or x·sqrt(‖v − centre‖² + offset²) and so offset·x.
-  const double bound = std::exp(l.order.bound() - e.reference);
-  if (l.scores.kind == score_kind::logit) d.radius = bound;
-  if (l.scores.kind == score_kind::contribution) d.radius = bound / l.scores.value_offset;
+  if (l.scores.kind == score_kind::logit) d.radius = std::exp(l.order.bound() - e.reference);
+  if (l.scores.kind == score_kind::contribution)
+    d.radius = l.contribution(l.order.bound()) / double{l.scores.value_offset};
   return d;
 }
 
@@ -126,8 +132,8 @@ template <bound B>
   n.second_moment = square / e.sampled;
   // Logits alone say nothing of ‖v‖.
   if (l.scores.kind == score_kind::contribution) {
-    n.radius = std::exp(l.order.bound() - e.reference) * reach(
-                                                             l, [](std::size_t) { return 0.0; }, 0);
+    n.radius = l.contribution(l.order.bound()) * reach(
+                                                    l, [](std::size_t) { return 0.0; }, 0);
   }
   return n;
 }

@@ -71,7 +71,7 @@ template <kv_head Head, class TokenAt>
       Eigen::Map<Eigen::ArrayXf>(logits, static_cast<Eigen::Index>(width)) = (x - part.max_logit()).exp();
       part.add_denominator(x.sum());
       for (index_t j = 0; j < width; ++j) {
-        const auto value = row.head.value(token_at(first + j));
+        const auto value = row.value(token_at(first + j));
         axpy(logits[j], value, part.numerator().data());
         if (with_power) part.add_power(static_cast<double>(logits[j]) * squared_norm(value));
       }

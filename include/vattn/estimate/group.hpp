@@ -15,7 +15,7 @@ namespace vattn {
 /// float accumulator before it is merged, which keeps rounding at ~4096·2⁻²⁴ whatever n.
 inline constexpr index_t phase_rows = 4096;
 
-/// Queries of one KV head that see the same tokens, [groups], and scratch. All are the caller's.
+/// Queries of one KV head that see the same tokens, [groups], in one value unit, and scratch. All are the caller's.
 template <strided_head Head>
 struct query_group {
   const query_row<Head>* rows = nullptr;
@@ -74,9 +74,12 @@ struct query_group {
       kernel::block_add<typename Head::value_element>(queries.how, x, groups, values, dv, part.data());
       for (index_t j = 0; with_power && j < values.count; ++j) {
         using kernel::squared_norm;
-        const float norm2 = squared_norm(rows[0].head.value(tokens[first + j]));
+        const float norm2 = squared_norm(rows[0].value(tokens[first + j]));
         for (index_t g = 0; g < groups; ++g) power[g] += static_cast<double>(x[g * block_rows + j] * norm2);
       }
+    }
+    if (const float unit = rows[0].value_unit; unit != 1) {
+      for (float& sum_of_values : part) sum_of_values *= unit;
     }
     for (index_t g = 0; g < groups; ++g) {
       if (odd >> g & 1) continue;

@@ -4,10 +4,9 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <concepts>
 #include <span>
 
-#include "vattn/kernel/row.hpp"
+#include "vattn/kernel/units.hpp"
 
 namespace vattn {
 
@@ -16,7 +15,8 @@ namespace vattn {
 /// kept apart for `groups` groups to which the rows are dealt in turn. They give, for ANY later ô and
 /// without touching a row again, the linearised terms Y = x(v − ô)/D̂: their mean, the trace of their
 /// covariance, its reliability (fourth moments) and, from the groups' sums, their effective dimension.
-/// Centring keeps the differences accurate in float when values share a large mean.
+/// Centring keeps the differences accurate in float when values share a large mean. Values whose squares float does not
+/// hold are given in a unit (kernel/units.hpp), and the centre in the same.
 class residual_moments {
  public:
   static constexpr std::size_t groups = 16;
@@ -78,16 +78,13 @@ class residual_moments {
     next_ = (next_ + 1) % groups;
     float* N = first_.data() + g * width_;
     float* B = second_.data() + g * width_;
-    float r2;
-    if constexpr (requires {
-                    { value.data() } -> std::convertible_to<const float*>;
-                  }) {
-      r2 = accumulate(value.data(), x, N, B);
-    } else {
+    const float* v = kernel::as_floats(value);
+    if (v == nullptr) {
       using kernel::load;
       load(value, residual_.data());
-      r2 = accumulate(residual_.data(), x, N, B);
+      v = residual_.data();
     }
+    const float r2 = accumulate(v, x, N, B);
     sums& s = scalars_[g];
     const double w = x, c = w * w * r2;
     s += {1, w, w * w, c, c * c, w * r2};

@@ -74,7 +74,7 @@ class residual_sample {
       x.head(width) = (x.head(width) - moments_.prepare(x.head(width).maxCoeff())).exp();
       for (index_t i = 0; i < width; ++i) {
         drawn_row& r = storage_[static_cast<std::size_t>(count_ + i)];
-        r.spread = moments_.add_weighted(x[i], row_.head.value(tokens_[r.place]));
+        r.spread = moments_.add_weighted(x[i], row_.value(tokens_[r.place]));
       }
       count_ = end;
     }
@@ -88,7 +88,7 @@ class residual_sample {
     index_t kept = 0;
     for (const drawn_row& r : rows()) {
       if (!in_residual(r.place)) continue;
-      moments_.add(r.logit, row_.head.value(tokens_[r.place]));
+      moments_.add(r.logit, row_.value(tokens_[r.place]));
       storage_[static_cast<std::size_t>(kept++)] = r;
     }
     count_ = kept;

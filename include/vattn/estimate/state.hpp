@@ -6,6 +6,7 @@
 #include <limits>
 #include <span>
 
+#include "vattn/kernel/floating_point.hpp"
 #include "vattn/kernel/row.hpp"
 
 namespace vattn {
@@ -52,6 +53,7 @@ class softmax_state {
 
   void merge(const softmax_state& other) noexcept {
     if (other.empty()) return;
+    const kernel::floating_point_scope standard;  // others merge states too
     raise(other.m_);
     const double factor = std::exp(static_cast<double>(other.m_) - m_);
     d_ += factor * other.d_;
@@ -62,6 +64,7 @@ class softmax_state {
 
   /// out = o / d (0 for the empty set). Returns the log-sum-exp, natural log (−inf for the empty set).
   float finish(std::span<float> out) const noexcept {
+    const kernel::floating_point_scope standard;
     const auto inverse = empty() ? 0.0f : static_cast<float>(1.0 / d_);
     for (std::size_t j = 0; j < out.size(); ++j) out[j] = o_[j] * inverse;
     return log_sum_exp();

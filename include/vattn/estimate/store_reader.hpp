@@ -56,6 +56,7 @@ struct store_reader_memory {
 };
 
 /// Sums over rows of one head of a store, in two strata. x = exp(l − reference); references rise as rows are read.
+/// Values' distances are in `unit` (kernel/units.hpp).
 template <class Head>
 class store_reader {
   using T = typename Head::key_element;
@@ -63,13 +64,14 @@ class store_reader {
  public:
   /// `queries` [heads, dk], scaled by `scale`; they must outlive the reader, as `memory` must.
   store_reader(const Head& head, const sketch::query_tables& tables, index_t heads, const float* queries, float scale,
-               const store_reader_memory& memory, random_stream coins) noexcept
+               const store_reader_memory& memory, random_stream coins, float unit) noexcept
       : head_(head), tables_(tables), m_(memory), heads_(heads), how_(kernel::active_isa()), coins_(coins) {
     prepared_ = kernel::prepare_queries<T>(how_, queries, heads, head.dk(), scale, m_.prepared);
-    picked_ = stratum(m_.picked, heads, head.dv());
-    light_ = stratum(m_.light, heads, head.dv());
+    picked_ = stratum(m_.picked, heads, head.dv(), unit);
+    light_ = stratum(m_.light, heads, head.dv(), unit);
     reference_.fill(-std::numeric_limits<float>::infinity());
-    log_unit2_ = 2 * std::log(head.codes().reach_unit());
+    const float reach_unit = head.codes().reach_unit() * unit;
+    reach_unit2_ = reach_unit * reach_unit;
   }
 
   [[nodiscard]] const stratum& picked() const noexcept { return picked_; }
@@ -92,14 +94,14 @@ class store_reader {
 
   /// Rows [first, first + count), which are certain.
   [[nodiscard]] bool read_fixed(index_t first, index_t count) noexcept {
-    using kernel::squared_distance;
     block_weights b;
     for (index_t from = 0; from < count; from += kernel::block_rows) {
       const index_t n = std::min(kernel::block_rows, count - from);
       b.clear();
       std::fill_n(b.w, n, 1.0f);
       std::fill_n(b.r2, kernel::block_rows, 0.0f);
-      for (index_t i = 0; i < n; ++i) b.r2[i] = squared_distance(head_.value(first + from + i), head_.value_centre());
+      for (index_t i = 0; i < n; ++i)
+        b.r2[i] = kernel::squared_distance_in(picked_.unit(), head_.value(first + from + i), head_.value_centre());
       if (!weigh({keys(), first + from, n})) return false;
       exponentials(n);
       picked_.add<T>(how_, m_.x.data(), b.w, nullptr, b.r2, {values(), first + from, n}, 0, m_.spare.data());
@@ -118,7 +120,7 @@ class store_reader {
         b.w[i] = b.t[i] = slice_.level[i] < tables_.query.cut ? 1.0f : 0.0f;
         b.r2[i] = log_reach2(slice_.reach[i]);
       }
-      static_cast<void>(kernel::block_exponentials(how_, b.r2, kernel::block_rows, 0));
+      squared_reaches(b.r2, kernel::block_rows);
       // block_rows; as a constant GCC 12 warns of overflow in loops over what is left of a block, which is nothing.
       const index_t row = head_.sinks() + block * kernel::scan_keys, count = std::min(kernel::block_rows, head_.past());
       if (!weigh({keys(), row, count})) return false;
@@ -156,7 +158,7 @@ class store_reader {
         index[at(i)] = static_cast<ordinal>(p[i].row) + static_cast<ordinal>(sinks);
         reach[i] = log_reach2(p[i].reach);
       }
-      static_cast<void>(kernel::block_exponentials(how_, reach, count, 0));
+      squared_reaches(reach, count);
       fetch_keys(first + kernel::block_rows, to);
       if (!weigh(kernel::block_of_rows::gathered(keys(), index.data(), count))) return false;
       for (index_t i = 0; i < count; ++i) radius_[at(i)] = kernel::bfloat16_to_float(p[i].radius);
@@ -291,9 +293,14 @@ class store_reader {
   [[nodiscard]] kernel::strided_rows values() const noexcept { return head_.value_rows(); }
   [[nodiscard]] std::uint64_t coins() noexcept { return (std::uint64_t{coins_.next()} << 32) | coins_.next(); }
 
-  // log r², within what block_exponentials takes; whose r² is larger is read for certain, or hardly differs.
-  [[nodiscard]] float log_reach2(std::int16_t reach) const noexcept {
-    return std::min(static_cast<float>(reach) * (2.0f / 512) + log_unit2_, 80.0f);
+  // log (r/reach_unit)², so that its square is a float; whose r² is larger is read for certain, or hardly differs.
+  [[nodiscard]] static float log_reach2(std::int16_t reach) noexcept {
+    return std::min(static_cast<float>(reach) * (2.0f / 512), 60.0f);
+  }
+  // r² of log_reach2: at any scale of the values the same numbers times the square of a power of two.
+  void squared_reaches(float* r2, index_t n) const noexcept {
+    static_cast<void>(kernel::block_exponentials(how_, r2, n, 0));
+    for (index_t i = 0; i < n; ++i) r2[i] *= reach_unit2_;
   }
 
   VATTN_ALWAYS_INLINE void fetch(const kernel::strided_rows& rows, const kernel::scan_pick& p) const noexcept {
@@ -361,7 +368,7 @@ class store_reader {
   stratum picked_, light_;
   thinning thin_;  // of the picks whose probabilities are set
   index_t read_ = 0, tabulated_ = 0;
-  float log_unit2_ = 0;
+  float reach_unit2_ = 0;
   std::uint32_t odd_ = 0;
   std::array<float, max_group> reference_{};
   std::array<index_t, max_group> breaches_{};

@@ -18,7 +18,7 @@ namespace vattn {
 inline constexpr index_t max_group = 8;
 
 /// Σ over the rows of one stratum, for one head; x = exp(l − reference), r = ‖v − c‖ for a fixed centre c, w the row's
-/// weight 1/π and t = (1 − π)/π² its variance factor.
+/// weight 1/π and t = (1 − π)/π² its variance factor. r is in the stratum's unit.
 struct stratum_scalars {
   double x = 0;                   ///< Σ w x
   double power = 0;               ///< Σ w x r²
@@ -32,7 +32,8 @@ inline constexpr index_t sign_groups = 8;
 inline constexpr index_t sign_rows = 16;          ///< consecutive rows that share one
 inline constexpr index_t most_signed_rows = 384;  ///< the rest says no more about the spectrum
 
-/// The sums of one stratum. Vectors are the caller's memory, see `storage_size`.
+/// The sums of one stratum. Vectors are the caller's memory, see `storage_size`. Values' squares, r² and all that is
+/// given as u, o or a length, are in `unit` (kernel/units.hpp); vectors of sums are as values are.
 class stratum {
  public:
   [[nodiscard]] static std::size_t storage_size(index_t heads, index_t dv) noexcept {
@@ -40,7 +41,8 @@ class stratum {
   }
 
   stratum() = default;
-  stratum(std::span<float> storage, index_t heads, index_t dv) noexcept : storage_(storage), heads_(heads), dv_(dv) {
+  stratum(std::span<float> storage, index_t heads, index_t dv, float unit = 1) noexcept
+      : storage_(storage), heads_(heads), dv_(dv), unit_(unit) {
     clear();
   }
 
@@ -53,6 +55,7 @@ class stratum {
   }
 
   [[nodiscard]] index_t rows() const noexcept { return rows_; }
+  [[nodiscard]] float unit() const noexcept { return unit_; }
   [[nodiscard]] const stratum_scalars& of(index_t h) const noexcept { return scalars_[at(h)]; }
   /// Σ w x v of a head, [dv].
   [[nodiscard]] const float* numerator(index_t h) const noexcept { return storage_.data() + h * dv_; }
@@ -63,7 +66,7 @@ class stratum {
     const double rough = tilted_spread_[at(h)] + tilted_square_[at(h)] * u2;
     if (!(rough > 0)) return k.spread + k.square * u2;
     const kernel::const_float_map tilt(storage_.data() + (heads_ + h) * dv_, static_cast<Eigen::Index>(dv_));
-    const double middle = static_cast<double>(tilt.dot(u)) - tilted_square_[at(h)] * cu;
+    const double middle = static_cast<double>(unit_ * tilt.dot(u)) - tilted_square_[at(h)] * cu;
     return (k.spread + k.square * u2) * std::max(0.0, 1 - 2 * middle / rough);
   }
 
@@ -149,12 +152,13 @@ class stratum {
     const double o2 = static_cast<double>(output.squaredNorm());
     for (index_t a = 0; a < used; ++a) {
       const kernel::const_float_map za(signs(a, h), n);
-      along[at(a)] = static_cast<double>(za.dot(output));
+      along[at(a)] = static_cast<double>(unit_ * za.dot(output));
       const double xa = signed_x_[at(a)][at(h)];
       for (index_t b = 0; b < a; ++b) {
         const double xb = signed_x_[at(b)][at(h)];
-        const double dot = static_cast<double>(za.dot(kernel::const_float_map(signs(b, h), n))) - xb * along[at(a)] -
-                           xa * along[at(b)] + xa * xb * o2;
+        const kernel::const_float_map zb(signs(b, h), n);
+        const float product = unit_ == 1 ? za.dot(zb) : (za * unit_).dot(zb * unit_);
+        const double dot = static_cast<double>(product) - xb * along[at(a)] - xa * along[at(b)] + xa * xb * o2;
         traces += (sign_spread_[at(a)][at(h)] + u2 * sign_square_[at(a)][at(h)]) *
                   (sign_spread_[at(b)][at(h)] + u2 * sign_square_[at(b)][at(h)]);
         products += dot * dot;
@@ -172,13 +176,14 @@ class stratum {
 
   std::span<float> storage_;  // [2 + sign_groups, heads, dv]
   index_t heads_ = 0, dv_ = 0, rows_ = 0, signed_rows_ = 0;
+  float unit_ = 1;
   std::array<stratum_scalars, max_group> scalars_{};
   std::array<double, max_group> tilted_square_{}, tilted_spread_{};
   std::array<std::array<double, max_group>, sign_groups> signed_x_{}, sign_square_{}, sign_spread_{};
 };
 
 /// Output of one head from both strata, and the distribution of its linearised error relative to nothing: V is the
-/// squared length of ô − o.
+/// squared length of ô − o. Squared lengths are in the strata's unit.
 struct strata_estimate {
   double denominator = 0;           ///< D̂ relative to the reference
   double denominator_variance = 0;  ///< relative to D̂²
@@ -194,7 +199,7 @@ struct strata_estimate {
 
 /// `picked`: rows with weights of their own, Poisson (certain ones with t = 0). `light`: those of m rows drawn
 /// uniformly without replacement from n that belong to the light stratum, with w = t = 1. `extra` is added to D (a
-/// learned sink). Writes ô to `output` [dv]. `scratch` [2·dv].
+/// learned sink). `centre` is as values are. Writes ô to `output` [dv], as values are too. `scratch` [2·dv].
 ///   V = Σ t x²‖v − ô‖²/D̂² over the picked, (n/m)²·(1 − m/n)·m/(m − 1)·(Σ‖Y‖² − ‖ΣY‖²/m) over the light
 [[nodiscard]] inline strata_estimate estimate_strata(const stratum& picked, const stratum& light, index_t h, index_t n,
                                                      index_t m, double extra, std::span<const float> centre,
@@ -204,18 +209,21 @@ struct strata_estimate {
   const stratum_scalars &p = picked.of(h), &l = light.of(h);
   const double count = static_cast<double>(m), weight = m > 0 ? static_cast<double>(n) / count : 0;
   e.denominator = p.x + weight * l.x + extra;
-  kernel::float_map o(output.data(), dv);
-  const kernel::const_float_map c(centre.data(), dv), pn(picked.numerator(h), dv), ln(light.numerator(h), dv);
-  o = (pn + static_cast<float>(weight) * ln) * static_cast<float>(1 / e.denominator);
-  kernel::float_map u(scratch, dv);
+  const float unit = picked.unit();
+  const kernel::const_float_map pn(picked.numerator(h), dv), ln(light.numerator(h), dv);
+  kernel::float_map o(scratch + dv, dv), u(scratch, dv);
+  kernel::float_map(output.data(), dv) =
+      (pn + static_cast<float>(weight) * ln) * static_cast<float>(1 / e.denominator);
+  o = kernel::const_float_map(output.data(), dv) * unit;
+  const auto c = kernel::const_float_map(centre.data(), dv) * unit;
   u = o - c;
   const auto real = [](float x) { return static_cast<double>(x); };
   e.output2 = real(o.squaredNorm());
   e.away2 = real(u.squaredNorm());
   const double c2 = real(c.squaredNorm());
-  e.power =
-      (p.power + weight * l.power + 2 * real(c.dot(pn + static_cast<float>(weight) * ln)) - c2 * (p.x + weight * l.x)) /
-      e.denominator;
+  e.power = (p.power + weight * l.power + 2 * real(c.dot((pn + static_cast<float>(weight) * ln) * unit)) -
+             c2 * (p.x + weight * l.x)) /
+            e.denominator;
 
   const double cu = real(c.dot(u));
   const auto fourth = [&](const stratum_scalars& k) {  // ‖v − ô‖⁴ <= r⁴ + 6r²u² + u⁴ on average over directions
@@ -227,7 +235,7 @@ struct strata_estimate {
   if (m > 1) {
     const double share = count / static_cast<double>(n);
     const double factor = weight * weight * std::max(0.0, 1 - share) * count / (count - 1);
-    const double mean2 = real((ln - static_cast<float>(l.x) * o).squaredNorm()) / count;
+    const double mean2 = real((ln * unit - static_cast<float>(l.x) * o).squaredNorm()) / count;
     part_l = factor * std::max(0.0, light.second(h, u, e.away2, cu) - mean2) / d2;
     f_l = factor * factor * fourth(l) / (d2 * d2);
     one_l = factor * std::max(0.0, l.square - l.x * l.x / count);
@@ -238,8 +246,8 @@ struct strata_estimate {
   const double f = fourth(p) / (d2 * d2) + f_l;
   if (f > 0) e.dof = 2 * e.variance * e.variance / f;
   // Tr(Σ_p + Σ_l)² <= (Tr(Σ_p²)^½ + Tr(Σ_l²)^½)²
-  const double root = (part_p > 0 ? part_p / std::sqrt(picked.dimension(h, output.data(), e.away2)) : 0) +
-                      (part_l > 0 ? part_l / std::sqrt(light.dimension(h, output.data(), e.away2)) : 0);
+  const double root = (part_p > 0 ? part_p / std::sqrt(picked.dimension(h, o.data(), e.away2)) : 0) +
+                      (part_l > 0 ? part_l / std::sqrt(light.dimension(h, o.data(), e.away2)) : 0);
   if (root > 0) e.dimension = std::clamp(e.variance * e.variance / (root * root), 1.0, static_cast<double>(dv));
   return e;
 }

@@ -71,7 +71,7 @@ template <kv_head Head>
   state.raise(reference);
   state.merge(exact);
   for (const weighted_row& r : rows) {
-    const auto value = row.head.value(tokens[r.place]);
+    const auto value = row.value(tokens[r.place]);
     const double x = std::exp(r.logit - reference) / static_cast<double>(r.probability);
     state.add_denominator(x);
     state.add_power(x * static_cast<double>(squared_norm(value)));
@@ -100,7 +100,7 @@ template <kv_head Head>
     const auto z = static_cast<float>((coins & 1 ? x : -x) * root);
     coins >>= 1, --left;
     const double norm2 =
-        add_deviation(row.head.value(tokens[r.place]), output, z, groups.data() + g * output.size(), deviation);
+        add_deviation(row.value(tokens[r.place]), output, z, groups.data() + g * output.size(), deviation);
     g = (g + 1) % weighted_groups;
     r.spread = static_cast<float>(x * x * norm2);
     const double t = root * root * x * x * norm2;

@@ -17,6 +17,7 @@
 
 #include "vattn/config.hpp"
 #include "vattn/kernel/decoded.hpp"
+#include "vattn/kernel/floating_point.hpp"
 
 namespace vattn::kernel {
 
@@ -98,6 +99,7 @@ class e4m3_row {
 
 /// x [32] to the nearest q8_0: d = max|x|/127 as a half, q = x·127/max|x| rounded half away from zero.
 inline void quantise(const float* x, q8_0_block& block) noexcept {
+  const floating_point_scope standard;
   float most = 0;
   for (std::size_t j = 0; j < block_elements; ++j) most = std::max(most, std::abs(x[j]));
   const float d = most / 127, inverse = d != 0 ? 1 / d : 0;
@@ -108,6 +110,7 @@ inline void quantise(const float* x, q8_0_block& block) noexcept {
 
 /// x [32] to q4_0: the element of largest magnitude becomes −8, so d = that element/−8, and 7 is the other end.
 inline void quantise(const float* x, q4_0_block& block) noexcept {
+  const floating_point_scope standard;
   float extreme = 0;
   for (std::size_t j = 0; j < block_elements; ++j)
     if (std::abs(x[j]) > std::abs(extreme)) extreme = x[j];
@@ -121,6 +124,7 @@ inline void quantise(const float* x, q4_0_block& block) noexcept {
 /// A row of `size` finite elements, a multiple of 32, to `size / 32` blocks.
 template <quantised_block B>
 inline void quantise(const float* x, std::size_t size, B* blocks) noexcept {
+  const floating_point_scope standard;
   for (std::size_t j = 0; j < size; j += block_elements) quantise(x + j, blocks[j / block_elements]);
 }
 

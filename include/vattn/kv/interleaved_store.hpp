@@ -7,6 +7,8 @@
 #include <span>
 #include <vector>
 
+#include "vattn/kernel/floating_point.hpp"
+#include "vattn/kernel/units.hpp"
 #include "vattn/kv/owned_rows.hpp"
 
 namespace vattn {
@@ -88,6 +90,7 @@ class interleaved_store {
     if (n_ == capacity_) {
       if (status s = reserve(detail::grown(capacity_)); !s) return s;
     }
+    const kernel::floating_point_scope standard;
     for (index_t h = 0; h < shape_.n_kv_heads; ++h) {
       T* to = rows_.row(h, n_);
       std::memcpy(to, k + h * k_stride, static_cast<std::size_t>(shape_.dk) * sizeof(T));
@@ -106,6 +109,7 @@ class interleaved_store {
     if (status s = detail::check_copy(cache, b, shape_.n_kv_heads, shape_.dk, shape_.dv); !s) return s;
     const index_t n = cache.head(b, 0).size();
     if (status s = reserve(n); !s) return s;
+    const kernel::floating_point_scope standard;
     for (index_t h = 0; h < shape_.n_kv_heads; ++h) {
       const auto from = cache.head(b, h);
       for (index_t i = 0; i < n; ++i) {
@@ -130,8 +134,7 @@ class interleaved_store {
     return {rows_.row(h, i) + shape_.dk, static_cast<std::size_t>(shape_.dv)};
   }
   void measure(index_t h, index_t i) noexcept {
-    using kernel::squared_distance;
-    *norms_.row(h, i) = std::sqrt(squared_distance(value(h, i), centre(h)));
+    *norms_.row(h, i) = kernel::distance_of(value(h, i), centre(h));
   }
   void take_mean(index_t h, index_t n) noexcept {
     using kernel::axpy;

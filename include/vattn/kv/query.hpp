@@ -7,6 +7,7 @@
 #include <span>
 #include <utility>
 
+#include "vattn/kernel/units.hpp"
 #include "vattn/kv/view.hpp"
 #include "vattn/options.hpp"
 
@@ -23,10 +24,18 @@ struct query_row {
   float sink_logit = -std::numeric_limits<float>::infinity();
   index_t position = 0;
   index_t kv_head = 0;  ///< batch·n_kv_heads + head: names the state that belongs to `head`
+  /// What `value` multiplies by: a power of two that makes values numbers whose squares float holds (kernel/units.hpp).
+  /// States, moments and centres of a sampled query are in this unit; its output is not.
+  float value_unit = 1;
   mask_view::line mask{};
   cell_positions::line positions{};
 
   [[nodiscard]] index_t dv() const noexcept { return head.dv(); }
+
+  /// A value, in the unit.
+  [[nodiscard]] auto value(index_t token) const noexcept {
+    return kernel::unit_row<std::remove_cvref_t<decltype(head.value(token))>>{head.value(token), value_unit};
+  }
 
   /// Reads one key. Non-finite only if q, K or the mask is.
   [[nodiscard]] float logit(index_t token) const noexcept {
@@ -86,6 +95,27 @@ class population {
   index_t first_ = 0, size_ = 0;
   const ordinal* list_ = nullptr;
 };
+
+/// The unit for the values of `tokens`, from eight of them: two at each end, which are read anyway, and four between.
+/// `scratch` [dv].
+template <kv_head Head>
+[[nodiscard]] float value_unit(const Head& head, const population& tokens, std::span<float> scratch) noexcept {
+  if constexpr (kernel::has_tiles<std::remove_cvref_t<decltype(head.value(0))>>) {
+    using kernel::load;
+    const index_t last = tokens.size() - 1;
+    float most = 0;
+    const auto look = [&](index_t j) {
+      load(head.value(tokens[j]), scratch.data());
+      const float here = Eigen::Map<const Eigen::ArrayXf>(scratch.data(), head.dv()).abs().maxCoeff();
+      if (std::isfinite(here)) most = std::max(most, here);
+    };
+    for (const index_t j : {index_t{0}, index_t{1}, last / 5, last * 2 / 5, last * 3 / 5, last * 4 / 5, last - 1, last})
+      if (j >= 0 && j <= last) look(j);
+    return kernel::unit_for(most);
+  } else {
+    return 1;
+  }
+}
 
 /// What positions leave to a query: cells at positions in [first, last].
 struct position_range {

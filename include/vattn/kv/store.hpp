@@ -7,6 +7,8 @@
 #include <span>
 #include <vector>
 
+#include "vattn/kernel/floating_point.hpp"
+#include "vattn/kernel/units.hpp"
 #include "vattn/kv/owned_rows.hpp"
 #include "vattn/sample/philox.hpp"
 #include "vattn/sketch/block_codes.hpp"
@@ -156,6 +158,7 @@ class shuffled_store {
     }
     ++n_;
     if (n_ - shape_.sinks - past_ <= shape_.window) return {};
+    const kernel::floating_point_scope standard;
     return leave_window();
   }
 
@@ -164,6 +167,7 @@ class shuffled_store {
   template <kv_cache KV>
   [[nodiscard]] status assign(const KV& cache, index_t b = 0) noexcept {
     if (status s = detail::check_copy(cache, b, shape_.n_kv_heads, shape_.dk, shape_.dv); !s) return s;
+    const kernel::floating_point_scope standard;
     clear();
     const index_t n = cache.head(b, 0).size();
     if (status s = reserve(n + n / 8 + 1024); !s) return s;
@@ -202,6 +206,7 @@ class shuffled_store {
 
   /// Takes means anew and codes everything again: O(n), for the end of a prefill that came by `append`.
   [[nodiscard]] status recode() noexcept {
+    const kernel::floating_point_scope standard;
     for (index_t h = 0; h < shape_.n_kv_heads; ++h) {
       if (status s = encode(h); !s) return s;
     }
@@ -249,18 +254,18 @@ class shuffled_store {
   }
 
   [[nodiscard]] bool code_row(index_t h, index_t row) noexcept {
-    using kernel::load, kernel::squared_distance;
+    using kernel::load;
     const index_t at = row + shape_.sinks;
     load(std::span<const T>(keys(h) + at * shape_.dk, static_cast<std::size_t>(shape_.dk)), scratch_.data());
     const std::span<const T> value(values(h) + at * shape_.dv, static_cast<std::size_t>(shape_.dv));
-    const float distance = std::sqrt(squared_distance(value, centres_.data() + h * shape_.dv));
+    const float distance = kernel::distance_of(value, centres_.data() + h * shape_.dv);
     return codes_[static_cast<std::size_t>(h)].append(
         std::span<const float>(scratch_).first(static_cast<std::size_t>(shape_.dk)), distance);
   }
 
   // Means of keys and values over at most 4096 rows of the past, and the codes of all.
   [[nodiscard]] status encode(index_t h) noexcept {
-    using kernel::axpy, kernel::squared_distance;
+    using kernel::axpy;
     const index_t rows = std::min<index_t>(past_, 4096);
     float* centre = centres_.data() + h * shape_.dv;
     std::fill(mean_.begin(), mean_.end(), 0.0f);
@@ -276,12 +281,15 @@ class shuffled_store {
       axpy(1 / static_cast<float>(rows), value(i), centre);
     }
     double distance = 0;
-    for (index_t i = 0; i < rows; ++i) distance += std::sqrt(static_cast<double>(squared_distance(value(i), centre)));
+    for (index_t i = 0; i < rows; ++i) distance += static_cast<double>(kernel::distance_of(value(i), centre));
     // A mean that is not finite would spoil every code; a key that is not finite spoils its own alone.
     for (float& x : mean_) x = std::isfinite(x) ? x : 0;
     for (index_t j = 0; j < shape_.dv; ++j) centre[j] = std::isfinite(centre[j]) ? centre[j] : 0;
-    codes_[static_cast<std::size_t>(h)].recentre(
-        mean_, rows > 0 ? static_cast<float>(distance / static_cast<double>(rows)) : 1.0f);
+    // Where all values are equal, any length of their size.
+    const auto typical = static_cast<float>(distance / static_cast<double>(std::max<index_t>(1, rows)));
+    float largest = 0;
+    for (index_t j = 0; j < shape_.dv; ++j) largest = std::max(largest, std::abs(centre[j]));
+    codes_[static_cast<std::size_t>(h)].recentre(mean_, typical > 0 ? typical : largest);
     for (index_t i = 0; i < past_; ++i) {
       if (!code_row(h, i)) return no_memory();
     }

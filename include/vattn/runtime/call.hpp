@@ -334,6 +334,9 @@ template <class Q, kv_cache KV, executor E, class Attend>
       head_task<head_type> one{.row = row, .tokens = tokens, .stream = stream, .s = s};
       one.state = softmax_state(s.state);
       one.c.n = tokens.size();
+      // Exact attention squares nothing.
+      if (sparse.sampled || sparse.group_bytes > 0)
+        one.row.value_unit = h == first_head ? value_unit(head, tokens, s.output) : together[0].row.value_unit;
       one.ok = std::isfinite(row.sink_logit) || row.sink_logit == -std::numeric_limits<float>::infinity();
       together.push(std::move(one));
     }
@@ -342,6 +345,7 @@ template <class Q, kv_cache KV, executor E, class Attend>
       head_task<head_type>& one = together[g];
       const index_t h = first_head + g, place = (b * n_queries + t) * n_heads + h;
       const float lse = one.state.finish(one.s.output);
+      for (float& x : one.s.output) x *= 1 / one.row.value_unit;
       const bool finite = one.ok && std::isfinite(one.state.denominator()) &&
                           kernel::const_float_map(one.s.output.data(), dv).allFinite();
       if (!finite) {

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "vattn/config.hpp"
+#include "vattn/kernel/floating_point.hpp"
 #include "vattn/status.hpp"
 
 namespace vattn {
@@ -41,6 +42,7 @@ template <executor E, class F>
   const auto run = [&](index_t task, index_t worker) {
     if (task < 0 || task >= tasks || worker < 0 || worker >= workers) return;
     done.fetch_add(1, std::memory_order_relaxed);
+    const kernel::floating_point_scope standard;  // of this thread, whoever's it is
     f(task, worker);
   };
 #if VATTN_HAS_EXCEPTIONS

@@ -9,6 +9,7 @@
 #include <string_view>
 #include <vector>
 
+#include "vattn/kernel/floating_point.hpp"
 #include "vattn/kernel/row.hpp"
 #include "vattn/runtime/room.hpp"
 
@@ -22,6 +23,7 @@ namespace vattn::select {
 [[nodiscard]] inline std::vector<ordinal> heavy_channels(std::span<const float> queries, std::span<const float> keys,
                                                          index_t dim, index_t count) {
   if (dim <= 0) return {};
+  const kernel::floating_point_scope standard;
   const auto d = static_cast<std::size_t>(dim);
   const auto mean = [d](std::span<const float> rows) {
     std::vector<double> sum(d);
@@ -70,6 +72,7 @@ class double_sparsity {
   void append(const R& key) {
     using kernel::load;
     if (!scale_.empty() && key.size() != dim_) return;
+    const kernel::floating_point_scope standard;
     key_.resize(std::max(key_.size(), std::size_t{key.size()}));
     vattn::detail::make_room(scale_, 1);
     vattn::detail::make_room(zero_, 1);

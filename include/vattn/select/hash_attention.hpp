@@ -9,6 +9,7 @@
 #include <string_view>
 #include <vector>
 
+#include "vattn/kernel/floating_point.hpp"
 #include "vattn/kernel/row_size.hpp"
 #include "vattn/sketch/hyperplanes.hpp"
 #include "vattn/status.hpp"
@@ -175,6 +176,7 @@ class hash_attention {
   void append(const R& key) {
     using kernel::load;
     if (!kernel::has_size(key, dim())) return;
+    const kernel::floating_point_scope standard;
     load(key, key_.data());
     map_.key(key_.data(), buffer_.data(), buffer_.data() + map_.bits());
     signatures_.push_back(signs(buffer_.data()));

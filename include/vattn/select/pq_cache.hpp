@@ -29,7 +29,7 @@ class pq_cache : public sketch::learned_codes<false> {
     score_tokens(scaled_query, first, scores, scratch);
   }
 
-  static constexpr std::string_view format() noexcept { return "pq cache v1"; }
+  static constexpr std::string_view format() noexcept { return "pq cache v2"; }
 };
 
 }  // namespace vattn::select

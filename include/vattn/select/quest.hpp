@@ -8,6 +8,7 @@
 #include <string_view>
 #include <vector>
 
+#include "vattn/kernel/floating_point.hpp"
 #include "vattn/kernel/row.hpp"
 #include "vattn/kernel/row_size.hpp"
 #include "vattn/runtime/room.hpp"
@@ -44,6 +45,7 @@ class quest {
   void append(const R& key) {
     using kernel::load;
     if (!kernel::has_size(key, dim())) return;
+    const kernel::floating_point_scope standard;
     const std::size_t in_page = size_ % page_;
     vattn::detail::make_room(extremes_, in_page == 0 ? 2 * dim_ : 0);
     vattn::detail::make_room(last_, dim_);
@@ -73,6 +75,7 @@ class quest {
     size_ = to;
     extremes_.resize((page + (in_page != 0)) * 2 * dim_);
     if (in_page == 0 || !exact) return last_.clear();
+    const kernel::floating_point_scope standard;  // comparisons take subnormals for 0 in other modes
     last_.resize(in_page * dim_);
     std::fill_n(minimum(page), dim_, std::numeric_limits<float>::infinity());
     std::fill_n(minimum(page) + dim_, dim_, -std::numeric_limits<float>::infinity());

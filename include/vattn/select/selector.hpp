@@ -16,7 +16,7 @@ namespace vattn {
 enum class score_kind : std::uint8_t {
   ranking,       ///< an order only: nothing is known of the tokens below the k-th
   logit,         ///< the score is the logit, or more
-  contribution,  ///< the score is log(x·sqrt(‖v − centre‖² + offset²)), shifted as the logit is, or more
+  contribution,  ///< the score is log(x·sqrt(‖v − centre‖² + offset²)/unit), shifted as the logit is, or more
 };
 
 /// Scores of one query's population. `ok` is false if a logit or a value was not finite, or, with `lagging`,
@@ -28,6 +28,7 @@ struct score_result {
   // Of score_kind::contribution. No value is further from any point p than
   // sqrt(‖v − centre‖² + offset²)·sqrt(1 + ‖p − centre‖²/offset²)   (Cauchy-Schwarz).
   float value_offset = 0;
+  float contribution_unit = 1;  ///< a length: that of the offset makes scores the same at any scale of the values
   index_t rows_read = 0;  ///< rows of the cache that scoring itself has read, beyond what the selector stands for
 };
 
@@ -96,32 +97,35 @@ struct exact_logits {
   }
 };
 
-/// ‖v − centre‖ of a token, as a function of the token; fills `centre` [dv]. From the cache's norms where it
-/// keeps them; else the centre is the mean of the visible values, and every call reads a value.
+/// ‖v − centre‖ of a token in the row's value unit, as a function of the token; fills `centre` [dv]. From the cache's
+/// norms where it keeps them; else the centre is the mean of the visible values, and every call reads a value. `row`
+/// must outlive it.
 template <kv_head Head>
-[[nodiscard]] auto value_distances(const Head& head, const population& tokens, std::span<float> centre) noexcept {
+[[nodiscard]] auto value_distances(const query_row<Head>& row, const population& tokens,
+                                   std::span<float> centre) noexcept {
+  const Head& head = row.head;
   const float* stored = nullptr;
   bool kept = false;
   if constexpr (kv_head_with_value_norms<Head>) {
     kept = head.has_value_norms();
     stored = head.value_centre();
   }
-  for (std::size_t j = 0; j < centre.size(); ++j) centre[j] = kept && stored ? stored[j] : 0.0f;
+  for (std::size_t j = 0; j < centre.size(); ++j) centre[j] = kept && stored ? stored[j] * row.value_unit : 0.0f;
   if (!kept) {
     using kernel::axpy;
     const float share = 1 / static_cast<float>(std::max<index_t>(1, tokens.size()));
-    for (index_t j = 0; j < tokens.size(); ++j) axpy(share, head.value(tokens[j]), centre.data());
+    for (index_t j = 0; j < tokens.size(); ++j) axpy(share, row.value(tokens[j]), centre.data());
   }
-  return [&head, kept, c = centre.data()](index_t token) noexcept -> float {
+  return [&row, kept, c = centre.data()](index_t token) noexcept -> float {
     if constexpr (kv_head_with_value_norms<Head>) {
-      if (kept) return head.value_norm(token);
+      if (kept) return row.head.value_norm(token) * row.value_unit;
     }
     using kernel::squared_distance;
-    return std::sqrt(squared_distance(head.value(token), c));
+    return std::sqrt(squared_distance(row.value(token), c));
   };
 }
 
-/// What a token can move the output: scores log(x·sqrt(‖v − c‖² + offset²)), c the cache's value centre (the
+/// What a token can move the output: scores log(x·sqrt(‖v − c‖² + offset²)/offset), c the cache's value centre (the
 /// mean value where it keeps none), offset half the mean ‖v − c‖. A huge value under a small logit is then
 /// read exactly too. `Logit` fills logits, or upper bounds of them. Where the cache keeps no value norms,
 /// every value is read twice.
@@ -132,21 +136,21 @@ struct contributions : Logit {
     score_result r = Logit::score(row, tokens, out);
     if (!r.ok) return r;
     double sum = 0;
-    const auto distance = value_distances(row.head, tokens, out.centre);
+    const auto distance = value_distances(row, tokens, out.centre);
     for (index_t j = 0; j < tokens.size(); ++j) sum += distance(tokens[j]);
     if (!std::isfinite(sum)) return {.ok = false};
     if (!(sum > 0)) return r;  // all values are equal
     if (r.kind == score_kind::logit) r.kind = score_kind::contribution;
-    r.value_offset = static_cast<float>(sum / (2 * static_cast<double>(tokens.size())));
+    r.value_offset = r.contribution_unit = static_cast<float>(sum / (2 * static_cast<double>(tokens.size())));
     // Blocks, so that the logarithms are vectors: one at a time they cost as much as the keys.
     constexpr index_t block = 256;
     Eigen::Array<float, block, 1> square;
-    const float offset2 = r.value_offset * r.value_offset;
+    const float inverse2 = 1 / (r.value_offset * r.value_offset);
     for (index_t first = 0; first < tokens.size(); first += block) {
       const index_t width = std::min(block, tokens.size() - first);
       for (index_t j = 0; j < width; ++j) {
         const float d = distance(tokens[first + j]);
-        square[j] = d * d + offset2;
+        square[j] = d * d * inverse2 + 1;
       }
       Eigen::Map<Eigen::ArrayXf>(out.scores.data() + first, width) += 0.5f * square.head(width).log();
     }
@@ -160,7 +164,7 @@ struct norm_bounds {
   template <kv_head Head>
   score_result score(const query_row<Head>& row, const population& tokens, const score_buffers& out) const noexcept {
     const auto dk = static_cast<Eigen::Index>(row.head.dk());
-    const float q = kernel::const_float_map(row.scaled_query, dk).norm();
+    const float q = kernel::norm(kernel::const_float_map(row.scaled_query, dk));
     bool finite = true;
     for (index_t j = 0; j < tokens.size(); ++j) {
       // 1e-6 dk covers the rounding of the norms and of the product that they bound.
@@ -178,8 +182,7 @@ struct norm_bounds {
     if constexpr (kv_head_with_key_norms<Head>) {
       if (head.has_key_norms()) return head.key_norm(token);
     }
-    using kernel::squared_norm;
-    return std::sqrt(squared_norm(head.key(token)));
+    return kernel::norm_of(head.key(token));
   }
 };
 

@@ -13,7 +13,7 @@
 #include <span>
 #include <vector>
 
-#include "vattn/kernel/row.hpp"
+#include "vattn/kernel/units.hpp"
 #include "vattn/kernel/scan.hpp"
 #include "vattn/runtime/pages.hpp"
 #include "vattn/sketch/rotation.hpp"
@@ -207,18 +207,26 @@ class block_codes {
     std::fill(buffer_.begin(), buffer_.end(), 0.0f);
     std::copy(key.begin(), key.end(), buffer_.begin());
     rotation_.apply(buffer_);
-    float square = 0;
-    for (std::size_t j = 0; j < width(); ++j) {
-      buffer_[j] -= mean_[j];
-      square += buffer_[j] * buffer_[j];
+    const auto sum_of_squares = [&] {
+      float sum = 0;
+      for (const float y : buffer_) sum += y * y;
+      return sum;
+    };
+    for (std::size_t j = 0; j < width(); ++j) buffer_[j] -= mean_[j];
+    float square = sum_of_squares(), unit = 1;
+    if (!(square > 0x1p-80f && square < 0x1p100f)) {  // float holds other squares badly, or not at all
+      kernel::float_map all(buffer_.data(), static_cast<Eigen::Index>(width()));
+      unit = kernel::unit_for(all.cwiseAbs().maxCoeff());
+      all *= unit;
+      square = sum_of_squares();
     }
     std::byte* to = block(row);
     const auto k = static_cast<std::size_t>(row % kernel::scan_keys);
     for (std::size_t p = 0; p < static_cast<std::size_t>(layout_.planes); ++p)
       to[p * kernel::scan_keys + k] = std::byte{0};
     float alpha = 0, rho = std::numeric_limits<float>::infinity();
-    // Squares of what is larger still overflow below, and would hide an error: such a key is read for certain.
-    if (square < 1e34f && std::isfinite(distance)) {
+    // A key that is not finite is read for certain.
+    if (std::isfinite(square) && std::isfinite(distance)) {
       // Half steps of optimal uniform quantisers of a normal variable, in standard deviations (Max 1960).
       const float half = layout_.bits == 1 ? 1.0f : 0.2930f;
       const int levels = 1 << layout_.bits, per = 6 / layout_.bits;
@@ -241,11 +249,12 @@ class block_codes {
       alpha = square > 0 ? (hidden ? along / norm2 : square / along) : 0;
       const float left = square - 2 * alpha * along + alpha * alpha * norm2;
       rho = std::sqrt(std::max(0.0f, left)) + 1e-6f * std::sqrt(square);  // sums of rounded squares
+      alpha *= 1 / unit, rho *= 1 / unit;
     }
     if (alpha > alpha_unit_) rescale(2 * alpha);
     lanes(to, 0)[lane(k)] =
         static_cast<std::int16_t>(alpha_unit_ > 0 ? std::lround(std::max(0.0f, alpha) / alpha_unit_ * 32767) : 0);
-    const float log_reach = std::log(std::max(std::isfinite(distance) ? distance : 0.0f, 1e-30f) / reach_unit_);
+    const float log_reach = std::log(std::max(std::isfinite(distance) ? distance / reach_unit_ : 0.0f, 1e-30f));
     lanes(to, 1)[lane(k)] = static_cast<std::int16_t>(std::clamp(std::lround(512 * log_reach), -32767l, 32767l));
     lanes(to, 2)[lane(k)] = static_cast<std::int16_t>((std::bit_cast<std::uint32_t>(rho) + 0xffffu) >> 16);
     refresh(row / kernel::scan_keys);

@@ -10,8 +10,9 @@
 #include <string_view>
 #include <vector>
 
-#include "vattn/kernel/row.hpp"
+#include "vattn/kernel/floating_point.hpp"
 #include "vattn/kernel/row_size.hpp"
+#include "vattn/kernel/units.hpp"
 #include "vattn/runtime/room.hpp"
 #include "vattn/sketch/rotation.hpp"
 
@@ -69,6 +70,7 @@ class key_codes {
   void append(const R& key) {
     using kernel::load;
     if (!kernel::has_size(key, dim())) return;
+    const kernel::floating_point_scope standard;
     const index_t token = size();
     vattn::detail::make_room(codes_, row_bytes_);
     vattn::detail::make_room(scale_, 1);
@@ -97,6 +99,7 @@ class key_codes {
 
   /// Forgets the tokens from n on. O(tokens forgotten).
   void truncate(index_t n) {
+    const kernel::floating_point_scope standard;
     for (index_t token = size(); token-- > std::max<index_t>(n, 0);) {
       accumulate(token, -1.0f);
       codes_.resize(codes_.size() - row_bytes_);
@@ -178,7 +181,7 @@ class key_codes {
       }
     }
     const auto n = static_cast<Eigen::Index>(rotation_.dim());
-    return {query.data(), table.data(), kernel::const_float_map(scaled_query, n).norm()};
+    return {query.data(), table.data(), kernel::norm(kernel::const_float_map(scaled_query, n))};
   }
 
   static constexpr int top = (1 << Bits) - 1;
@@ -248,7 +251,7 @@ class key_codes {
     if constexpr (Bits > 1) {
       double best_cos = -1;
       for (const float factor :
-           {0.7f, 0.85f, 1.0f, 1.2f, 1.5f, most / (static_cast<float>(top) * std::max(best, 1e-30f))}) {
+           {0.7f, 0.85f, 1.0f, 1.2f, 1.5f, best > 0 ? most / (static_cast<float>(top) * best) : 1.0f}) {
         const float half = spread * normal_half_step<Bits> * factor;
         double cy = 0, cc = 0;
         for (const float y : buffer_) {
@@ -274,7 +277,7 @@ class key_codes {
     const double left = cy > 0 ? std::max(0.0, alpha * alpha * cc - y2) : y2;
     // What float arithmetic adds when scores are made of it: a sum of products of ‖q‖ with ‖y‖ and with ‖μ‖.
     const auto n = static_cast<Eigen::Index>(width());
-    const float mean = kernel::const_float_map(means_.data() + means_.size() - width(), n).norm();
+    const float mean = kernel::norm(kernel::const_float_map(means_.data() + means_.size() - width(), n));
     const double rounding = 1e-5 * (std::sqrt(y2) + static_cast<double>(mean));
     residual_.push_back(static_cast<float>(std::sqrt(left) * (1 + 1e-6) + rounding));
   }

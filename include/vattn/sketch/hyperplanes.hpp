@@ -7,8 +7,9 @@
 #include <numbers>
 #include <vector>
 
-#include "vattn/kernel/row.hpp"
+#include "vattn/kernel/floating_point.hpp"
 #include "vattn/kernel/row_size.hpp"
+#include "vattn/kernel/units.hpp"
 #include "vattn/runtime/room.hpp"
 #include "vattn/sample/philox.hpp"
 
@@ -21,6 +22,7 @@ class hyperplanes {
  public:
   hyperplanes() = default;
   hyperplanes(index_t dim, index_t count, std::uint64_t seed) : dim_(dim), count_(count), seed_(seed) {
+    const kernel::floating_point_scope standard;
     auto normals = std::make_shared<std::vector<float>>(static_cast<std::size_t>(dim * count));
     random_stream random({.seed = seed, .layer = purpose}, 0);
     for (float& x : *normals) {  // Box and Muller; 0 is never drawn
@@ -75,12 +77,13 @@ class hash_tables {
   float append(const R& key) {
     using kernel::load;
     if (!kernel::has_size(key, dim())) return -1;
+    const kernel::floating_point_scope standard;
     vattn::detail::make_room(buckets_, static_cast<std::size_t>(tables_));
     load(key, key_.data());
     for (std::size_t j = 0; j < key_.size(); ++j) key_[j] -= centre_[j];
     planes_.project(key_.data(), projected_.data());
     for (index_t l = 0; l < tables_; ++l) buckets_.push_back(static_cast<std::uint16_t>(bucket(projected_.data(), l)));
-    return kernel::const_float_map(key_.data(), static_cast<Eigen::Index>(key_.size())).norm();
+    return kernel::norm(kernel::const_float_map(key_.data(), static_cast<Eigen::Index>(key_.size())));
   }
   void truncate(index_t n) {
     if (n < size()) buckets_.resize(static_cast<std::size_t>(std::max<index_t>(n, 0) * tables_));

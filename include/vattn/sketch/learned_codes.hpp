@@ -7,8 +7,9 @@
 #include <span>
 #include <vector>
 
-#include "vattn/kernel/row.hpp"
+#include "vattn/kernel/floating_point.hpp"
 #include "vattn/kernel/row_size.hpp"
+#include "vattn/kernel/units.hpp"
 #include "vattn/kv/view.hpp"
 #include "vattn/runtime/room.hpp"
 #include "vattn/sketch/codebook.hpp"
@@ -63,6 +64,7 @@ class learned_codes {
   void append(const R& key) {
     using kernel::load;
     if (!kernel::has_size(key, dim_)) return;
+    const kernel::floating_point_scope standard;
     load(key, point_.data());
     if (!trained() && size_ + 1 == how_.train_size) {
       learned_codes next = *this;  // aside, so that memory that runs out while it learns changes nothing
@@ -90,6 +92,7 @@ class learned_codes {
   template <kv_head Head>
   void train(const Head& head) {
     using kernel::load;
+    const kernel::floating_point_scope standard;
     clear();
     const index_t n = std::min(head.size(), how_.train_size);
     std::vector<float> points(static_cast<std::size_t>(n * dim_));
@@ -123,7 +126,7 @@ class learned_codes {
 
   template <class Archive>
   void archive(Archive& a) {
-    a(dim_, groups_, bits_, how_.train_size, how_.iterations, how_.seed, size_, trained_, mean_, axes_, moments_,
+    a(dim_, groups_, bits_, how_.train_size, how_.iterations, how_.seed, size_, trained_, unit_, mean_, axes_, moments_,
       learned_square_, waiting_, codes_, residual_);
     book_.archive(a);
     if (dim_ >= 0 && dim_ <= max_dim) allocate();
@@ -132,6 +135,7 @@ class learned_codes {
     if (dim_ < 0 || dim_ > max_dim || groups_ < 1 || groups_ > std::max<index_t>(dim_, 1) || bits_ < 1 || bits_ > 8 ||
         how_.train_size < 1 || size_ < 0 || size_ > population_limit)
       return false;
+    if (!(unit_ > 0) || !std::isfinite(unit_)) return false;
     const auto d = static_cast<std::size_t>(dim_), n = static_cast<std::size_t>(size_);
     if (!trained()) return size_ < how_.train_size && waiting_.size() == n * d && codes_.empty() && residual_.empty();
     return waiting_.empty() && book_.valid(dim_, groups_, bits_) && codes_.size() == n * book_.code_bytes() &&
@@ -140,7 +144,7 @@ class learned_codes {
   }
 
  protected:
-  /// The scores, and the query in the codes' coordinates (at scratch, if trained).
+  /// The scores, and the query in the codes' coordinates and over their unit (at scratch, if trained).
   void score_tokens(const float* scaled_query, index_t first, std::span<float> scores,
                     std::span<float> scratch) const noexcept {
     const kernel::const_float_map q(scaled_query, dim_);
@@ -150,14 +154,15 @@ class learned_codes {
       return;
     }
     float base = 0;
-    const float* query = scaled_query;
+    const float back = 1 / unit_;
     if constexpr (Balanced) {
-      for (index_t j = 0; j < dim_; ++j) scratch[static_cast<std::size_t>(j)] = axis(j).dot(q);
-      base = q.dot(kernel::const_float_map(mean_.data(), dim_));
-      query = scratch.data();
+      for (index_t j = 0; j < dim_; ++j) scratch[static_cast<std::size_t>(j)] = axis(j).dot(q) * back;
+      base = q.dot(kernel::const_float_map(mean_.data(), dim_)) * back;
+    } else {
+      kernel::float_map(scratch.data(), dim_) = q * back;
     }
     float* table = scratch.data() + dim_;
-    book_.tabulate(query, table);
+    book_.tabulate(scratch.data(), table);
     const std::uint8_t* code = codes_.data() + static_cast<std::size_t>(first) * book_.code_bytes();
     for (float& s : scores) {
       s = base + book_.product(code, table);
@@ -165,7 +170,10 @@ class learned_codes {
     }
   }
 
+  /// Of tokens, in the unit.
   [[nodiscard]] const std::vector<float>& residuals() const noexcept { return residual_; }
+  /// What keys are multiplied by before they are compared with what was learned.
+  [[nodiscard]] float unit() const noexcept { return unit_; }
   [[nodiscard]] const std::vector<float>& moments() const noexcept { return moments_; }
   [[nodiscard]] double learned_square() const noexcept { return learned_square_; }
 
@@ -177,6 +185,7 @@ class learned_codes {
 
   void forget() {
     trained_ = 0;
+    unit_ = 1;
     mean_.clear(), axes_.clear(), moments_.clear();
     learned_square_ = 0;
     book_ = {};
@@ -193,6 +202,7 @@ class learned_codes {
     if constexpr (Balanced) vattn::detail::make_room(residual_, 1);
     codes_.resize(codes_.size() + book_.code_bytes());
     std::uint8_t* code = codes_.data() + codes_.size() - book_.code_bytes();
+    if (unit_ != 1) kernel::float_map(point_.data(), dim_) *= unit_;
     if constexpr (!Balanced) {
       book_.encode(point_.data(), code);
     } else {
@@ -219,6 +229,10 @@ class learned_codes {
       const auto from = keys.begin() + static_cast<std::ptrdiff_t>(i), to = from + static_cast<std::ptrdiff_t>(d);
       if (std::all_of(from, to, [](float x) { return std::isfinite(x); })) points.insert(points.end(), from, to);
     }
+    float most = 0;
+    for (const float x : points) most = std::max(most, std::abs(x));
+    unit_ = kernel::unit_for(most);
+    for (float& x : points) x *= unit_;
     if constexpr (!Balanced) {
       book_ = codebook(equal_widths(dim_, groups_), bits_);
       book_.train(points, how_.iterations, how_.seed);
@@ -287,6 +301,7 @@ class learned_codes {
   learning how_{};
   index_t size_ = 0;
   std::uint8_t trained_ = 0;
+  float unit_ = 1;  // everything that is learned, and ρ, is of keys times this (kernel/units.hpp)
   std::vector<float> mean_, axes_, moments_;  // [dim], [dim, dim], [dim, dim]
   double learned_square_ = 0;                 // mean ρ² of keys that were held out
   std::vector<float> waiting_;                // [size, dim], until trained

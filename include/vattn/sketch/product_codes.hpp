@@ -14,6 +14,7 @@ namespace vattn::sketch {
 // G groups by balanced variances, principal_axes.hpp) and μ their mean; y becomes a code c of G centroids of 64
 // (codebook.hpp), stored in ceil(6G/8) bytes. Beside it stands one float:
 //   ρ = ‖y − c‖      the norm of what the code leaves
+// in a unit, a power of two that is chosen with what is learned and is 1 for keys of ordinary size (kernel/units.hpp),
 // so that s = ⟨c, Bq⟩ + ⟨q, μ⟩ has |q·k − s| <= ‖q‖ρ always (to float rounding). Bytes a key: ceil(6G/8) + 4.
 //
 // The error scale is not ‖q‖ρ/sqrt(D). What a code leaves is no ball: groups with more variance leave more, and
@@ -45,7 +46,7 @@ class product_codes : public learned_codes<true> {
 
   /// Residual norm ρ of a token, 0 while it is kept as it is.
   [[nodiscard]] float residual(index_t token) const noexcept {
-    return trained() ? residuals()[static_cast<std::size_t>(token)] : 0.0f;
+    return trained() ? residuals()[static_cast<std::size_t>(token)] / unit() : 0.0f;
   }
 
   /// Mean ρ² of the last 256 tokens over what training expects of new keys, 1 before training. On recordings 0.9 to
@@ -68,20 +69,20 @@ class product_codes : public learned_codes<true> {
     if (errors.empty()) return;
     if (!trained()) return std::fill(errors.begin(), errors.end(), 0.0f);
     const kernel::const_float_map query(scratch.data(), dim());
-    float square = 0;
+    double square = 0;  // the query may be of any size
     for (index_t j = 0; j < dim(); ++j)
-      square += query[j] * kernel::const_float_map(moments().data() + j * dim(), dim()).dot(query);
-    const float unit = std::sqrt(std::max(square, 0.0f));
+      square += double{query[j]} * double{kernel::const_float_map(moments().data() + j * dim(), dim()).dot(query)};
+    const auto unit = static_cast<float>(std::sqrt(std::max(square, 0.0)));
     for (std::size_t i = 0; i < errors.size(); ++i) errors[i] = unit * residuals()[static_cast<std::size_t>(first) + i];
   }
 
   /// bounds[i] = ‖q‖ρ of key first + i: no error exceeds it.
   void hard_bounds(const float* scaled_query, index_t first, std::span<float> bounds) const noexcept {
-    const float norm = kernel::const_float_map(scaled_query, dim()).norm();
+    const float norm = kernel::norm(kernel::const_float_map(scaled_query, dim()));
     for (std::size_t i = 0; i < bounds.size(); ++i) bounds[i] = norm * residual(first + static_cast<index_t>(i));
   }
 
-  static constexpr std::string_view format() noexcept { return "product codes v1"; }
+  static constexpr std::string_view format() noexcept { return "product codes v2"; }
 };
 
 }  // namespace vattn::sketch

@@ -46,10 +46,9 @@ struct query_tables {
     for (index_t h = 0; h < heads; ++h) {
       const std::span<float> table = scratch.subspan(static_cast<std::size_t>(h) * size, size);
       codes.tabulate(queries + h * dim, rotated, table);
-      float norm2 = 0;
-      for (const float x : rotated) norm2 += x * x;
-      if (!std::isfinite(norm2)) return false;
-      norm[static_cast<std::size_t>(h)] = std::sqrt(norm2);
+      const float length = kernel::norm({rotated.data(), static_cast<Eigen::Index>(rotated.size())});
+      if (!std::isfinite(length)) return false;
+      norm[static_cast<std::size_t>(h)] = length;
       offset[static_cast<std::size_t>(h)] = codes.offset(rotated);
       float all = 0;
       for (std::size_t from = 0; from < size; from += 64) {
