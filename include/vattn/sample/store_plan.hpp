@@ -228,7 +228,7 @@ class store_planner {
     // x² by what the score says of it, l | s ~ N(mean + β(s − mean), βσ²), β = 1 − σ²/var(s): one row of the pilot that
     // is far from its score, and stands for hundreds, would sway the sum. The sum of x itself is the pilot's.
     const auto w = rows_[plan_rows::weight].array();
-    const double typical = goal.error * goal.error * static_cast<double>(rows_[plan_rows::radius].squaredNorm()) /
+    const double typical = goal.error * goal.error * rows_[plan_rows::radius].cast<double>().squaredNorm() /
                            static_cast<double>(rows_.size());
     const double beta = goal.variance > 0 ? std::clamp(1 - typical / goal.variance, 0.2, 1.0) : 1.0;
     q = real(goal.mean) + real(beta) * (score - real(goal.mean)) + real(beta / 2) * sigma.square();
