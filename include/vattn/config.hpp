@@ -5,8 +5,8 @@
 #define VATTN_VERSION_MINOR 1
 #define VATTN_VERSION_PATCH 0
 
-// Checks of what is not finite are comparisons that these flags let a compiler remove: a NaN in a cache would then leave
-// an output and a certificate with status ok.
+// Checks of what is not finite are comparisons that these flags let a compiler remove: a NaN in a cache would then
+// leave an output and a certificate with status ok.
 #if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__ > 0) || defined(_M_FP_FAST)
 #error \
     "vattn: -ffast-math, -Ofast, -ffinite-math-only and /fp:fast remove its checks for NaN and infinity: compile what includes it with -fno-fast-math -fno-finite-math-only, or /fp:precise (docs/mathematics.md, Floating point)"

@@ -143,7 +143,8 @@ struct importance_head {
       // The floors are made for ε: of smaller errors they say nothing, nor does a sample whose rows are all certain,
       // unless it is all there is.
       const bool all = settings.sinks + settings.window + count == frame.n;
-      c.epsilon_achieved = all ? 0 : settings.epsilon * std::max(goal2 > 0 ? std::sqrt(error2 / goal2) : 0, shape.kappa);
+      c.epsilon_achieved =
+          all ? 0 : settings.epsilon * std::max(goal2 > 0 ? std::sqrt(error2 / goal2) : 0, shape.kappa);
       c.denominator_error =
           std::sqrt(squared_radius(e.denominator_variance, e.dimension, e.dof, 0, count, settings.delta));
       c.coherence = e.power > 0 ? std::sqrt(e.output2 / e.power) : 0;

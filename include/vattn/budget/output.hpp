@@ -80,9 +80,9 @@ struct output {
     j.population = e.population;
     j.sampled = e.sampled;
     j.second_moment = (e.s.C + s * s * e.s.A) / e.sampled;
-    j.radius = l.contribution(l.order.bound()) *
-               reach(
-                   l, [&](std::size_t i) { return double{l.moments.centre()[i]}; }, s);
+    j.radius =
+        l.contribution(l.order.bound()) * reach(
+                                              l, [&](std::size_t i) { return double{l.moments.centre()[i]}; }, s);
     const double error = B::radius(j, e.sampled, level<B>(l.settings));
     const double denominator = e.denominator - error / s;
     if (!(denominator > 0)) return v;
@@ -122,12 +122,9 @@ struct output {
     const estimate& e = l.now;
     if (l.scores.kind == score_kind::ranking || l.order.size() == l.order.count()) return 0;
     if (l.scores.kind == score_kind::contribution)
-      return l.contribution(bound) / e.denominator * reach(
-                                                         l,
-                                                         [&](std::size_t j) {
-                                                           return double{l.moments.centre()[j]} + l.offset[j];
-                                                         },
-                                                         0);
+      return l.contribution(bound) / e.denominator *
+             reach(
+                 l, [&](std::size_t j) { return double{l.moments.centre()[j]} + l.offset[j]; }, 0);
     // Logits say nothing of ‖v‖: a value as large as the attended ones are in the mean, opposite to ô.
     return std::exp(bound - e.reference) / e.denominator * (std::sqrt(e.power) + std::sqrt(e.output2));
   }

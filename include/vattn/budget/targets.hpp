@@ -133,7 +133,7 @@ template <bound B>
   // Logits alone say nothing of ‖v‖.
   if (l.scores.kind == score_kind::contribution) {
     n.radius = l.contribution(l.order.bound()) * reach(
-                                                    l, [](std::size_t) { return 0.0; }, 0);
+                                                     l, [](std::size_t) { return 0.0; }, 0);
   }
   return n;
 }

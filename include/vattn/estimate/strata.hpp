@@ -212,8 +212,7 @@ struct strata_estimate {
   const float unit = picked.unit();
   const kernel::const_float_map pn(picked.numerator(h), dv), ln(light.numerator(h), dv);
   kernel::float_map o(scratch + dv, dv), u(scratch, dv);
-  kernel::float_map(output.data(), dv) =
-      (pn + static_cast<float>(weight) * ln) * static_cast<float>(1 / e.denominator);
+  kernel::float_map(output.data(), dv) = (pn + static_cast<float>(weight) * ln) * static_cast<float>(1 / e.denominator);
   o = kernel::const_float_map(output.data(), dv) * unit;
   const auto c = kernel::const_float_map(centre.data(), dv) * unit;
   u = o - c;

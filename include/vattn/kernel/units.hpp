@@ -15,8 +15,8 @@ namespace vattn::kernel {
 // taken in a unit first, a power of two: that changes no digit, so results at any scale are those at scale 1 times a
 // power of two. Where numbers are of ordinary size the unit is 1 and costs nothing.
 
-/// What numbers of about this magnitude are to be multiplied by. 1 for magnitudes from 2^-12 to 2^12, for 0 and for what
-/// is not finite.
+/// What numbers of about this magnitude are to be multiplied by. 1 for magnitudes from 2^-12 to 2^12, for 0 and for
+/// what is not finite.
 [[nodiscard]] inline float unit_for(float magnitude) noexcept {
   constexpr int ordinary = 12;
   if (!(magnitude > 0) || !std::isfinite(magnitude)) return 1;

@@ -133,9 +133,7 @@ class interleaved_store {
   [[nodiscard]] std::span<const T> value(index_t h, index_t i) const noexcept {
     return {rows_.row(h, i) + shape_.dk, static_cast<std::size_t>(shape_.dv)};
   }
-  void measure(index_t h, index_t i) noexcept {
-    *norms_.row(h, i) = kernel::distance_of(value(h, i), centre(h));
-  }
+  void measure(index_t h, index_t i) noexcept { *norms_.row(h, i) = kernel::distance_of(value(h, i), centre(h)); }
   void take_mean(index_t h, index_t n) noexcept {
     using kernel::axpy;
     float* mean = centres_.data() + h * shape_.dv;

@@ -79,7 +79,8 @@ class magic_pig {
     const auto dim = static_cast<Eigen::Index>(hash_.dim());
     const kernel::const_float_map q(scaled_query, dim), mean(hash_.centre().data(), dim);
     const double product = static_cast<double>(logit) - static_cast<double>(q.dot(mean));
-    const double norms = static_cast<double>(kernel::norm(q)) * static_cast<double>(norm_[static_cast<std::size_t>(token)]);
+    const double norms =
+        static_cast<double>(kernel::norm(q)) * static_cast<double>(norm_[static_cast<std::size_t>(token)]);
     return collision_probability(norms > 0 ? product / norms : 0, K(), L());
   }
 

@@ -29,7 +29,7 @@ struct score_result {
   // sqrt(‖v − centre‖² + offset²)·sqrt(1 + ‖p − centre‖²/offset²)   (Cauchy-Schwarz).
   float value_offset = 0;
   float contribution_unit = 1;  ///< a length: that of the offset makes scores the same at any scale of the values
-  index_t rows_read = 0;  ///< rows of the cache that scoring itself has read, beyond what the selector stands for
+  index_t rows_read = 0;        ///< rows of the cache that scoring itself has read, beyond what the selector stands for
 };
 
 /// Where a selector writes.

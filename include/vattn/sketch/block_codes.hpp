@@ -13,8 +13,8 @@
 #include <span>
 #include <vector>
 
-#include "vattn/kernel/units.hpp"
 #include "vattn/kernel/scan.hpp"
+#include "vattn/kernel/units.hpp"
 #include "vattn/runtime/pages.hpp"
 #include "vattn/sketch/rotation.hpp"
 

@@ -85,7 +85,8 @@ results attend(const problem<>& p, const Cache& cache, const typename Policy::se
   workspace memory;
   // The size of the workspace is rounded as the call rounds it.
   const vattention<Policy> functor(c, selector);
-  const std::size_t size = functor.workspace_bytes(longest(cache), p.s.dk, p.s.dv, false, exec.workers());
+  const std::size_t size =
+      functor.workspace_bytes(longest(cache), p.s.dk, p.s.dv, static_cast<bool>(p.options.mask), exec.workers());
   const status s = functor(p.query(), cache, p.options, r.view(), memory, {.seed = 4}, exec);
   INFO(s.message());
   REQUIRE(s.ok());
@@ -128,7 +129,8 @@ std::vector<T> subnormals(std::size_t count, std::uint32_t most) {
   std::vector<T> x(count);
   for (T& e : x) {
     if constexpr (std::same_as<T, float>) {
-      e = std::bit_cast<float>(static_cast<std::uint32_t>(random() % most) | static_cast<std::uint32_t>(random()) << 31);
+      e = std::bit_cast<float>(static_cast<std::uint32_t>(random() % most) | static_cast<std::uint32_t>(random())
+                                                                                 << 31);
     } else if constexpr (std::same_as<T, kernel::e4m3>) {
       e.bits = static_cast<std::uint8_t>(random() % most | random() % 2 << 7);
     } else {
@@ -163,7 +165,8 @@ TEMPLATE_TEST_CASE("environment: rows of subnormal elements", "", float, Eigen::
   }
 }
 
-TEMPLATE_TEST_CASE("environment: blocks whose scales are subnormal halves", "", kernel::q8_0_block, kernel::q4_0_block) {
+TEMPLATE_TEST_CASE("environment: blocks whose scales are subnormal halves", "", kernel::q8_0_block,
+                   kernel::q4_0_block) {
   const index_t n = 600, d = 64;
   std::vector<float> x(static_cast<std::size_t>(n * d));
   for (std::size_t i = 0; i < x.size(); ++i) x[i] = 1e-6f * static_cast<float>(i * 37 % 101) - 3e-5f;

@@ -16,8 +16,8 @@ struct scales {
   int a = 0, b = 0;
 };
 // Far out, near where squares in float end, and next to 1, where another rounding would show.
-const std::vector<scales> all_scales{{-100, 0}, {-81, 0}, {-64, 0}, {-33, 0}, {-13, 0}, {-1, 0},    {3, 0},
-                                     {14, 0},   {40, 0},  {60, 0},  {0, -60}, {0, -45}, {0, -1},    {0, 7},
+const std::vector<scales> all_scales{{-100, 0}, {-81, 0}, {-64, 0}, {-33, 0}, {-13, 0},  {-1, 0},     {3, 0},
+                                     {14, 0},   {40, 0},  {60, 0},  {0, -60}, {0, -45},  {0, -1},     {0, 7},
                                      {0, 33},   {0, 60},  {0, 45},  {60, 60}, {60, -60}, {-100, -60}, {-100, 60}};
 const std::vector<scales> few_scales{{-100, 0}, {-13, 0}, {3, 0}, {60, 0}, {0, -60}, {0, 5}, {0, 60}, {-90, 55}};
 
@@ -339,7 +339,8 @@ TEST_CASE("equivariance: rows that are decoded, by the scale of an FP8 cache") {
   std::mt19937 random(3);
   std::vector<kernel::e4m3> kv(static_cast<std::size_t>(2 * n * d));
   for (auto& x : kv) x.bits = static_cast<std::uint8_t>(0x28 + random() % 16);  // 0.25 to 0.94
-  for (std::size_t i = 0; i < kv.size() / 2; ++i) kv[i].bits = static_cast<std::uint8_t>(kv[i].bits | random() % 2 << 7);
+  for (std::size_t i = 0; i < kv.size() / 2; ++i)
+    kv[i].bits = static_cast<std::uint8_t>(kv[i].bits | random() % 2 << 7);
   const std::int32_t table = 0, length = static_cast<std::int32_t>(n);
   const vllm_blocks blocks{.n_blocks = 1,
                            .block_size = n,
