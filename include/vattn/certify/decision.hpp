@@ -50,7 +50,7 @@ class chosen_rows {
 };
 
 /// Where a call writes its decisions; all three, or none. `capacity` is at least the longest sequence, because a call
-/// may have to read all of it.
+/// may have to read all of it. Tokens are rows of the cache: of a shuffled_store `position(row)` says which token.
 struct decision_result {
   tensor_view<std::int32_t, 4> tokens{};  ///< [n_batch, n_queries, n_q_heads, capacity], in no order
   tensor_view<float, 4> weights{};        ///< [n_batch, n_queries, n_q_heads, capacity]
@@ -67,8 +67,11 @@ struct decision_result {
       return view && view.extents[0] == rows[0] && view.extents[1] == rows[1] && view.extents[2] == rows[2];
     };
     if (fits(tokens) && fits(weights) && fits(counts) && tokens.extents[3] >= n && weights.extents[3] >= n &&
-        tokens.strides[3] == 4 && weights.strides[3] == 4)
-      return {};
+        tokens.strides[3] == 4 && weights.strides[3] == 4) {
+      if (status s = detail::check_results("decisions.tokens", tokens); !s) return s;
+      if (status s = detail::check_results("decisions.weights", weights); !s) return s;
+      return detail::check_results("decisions.counts", counts);
+    }
     return status::error(errc::invalid_argument,
                          "decisions need tokens and weights [%lld, %lld, %lld, at least %lld], adjacent along the last "
                          "axis, and counts [%lld, %lld, %lld]; or none of them",
@@ -79,11 +82,15 @@ struct decision_result {
 };
 
 /// The same decision as an additive mask [n]: log weight for chosen rows, −inf for the rest. It is added to whatever
-/// mask, cap and bias the logits have. Rows that were drawn more than once add their weights.
+/// mask, cap and bias the logits have. Rows that were drawn more than once add their weights; those that the mask does
+/// not reach to are left out.
 inline void additive_mask(std::span<const std::int32_t> tokens, std::span<const float> weights,
                           std::span<float> mask) noexcept {
   for (float& m : mask) m = 0;
-  for (std::size_t i = 0; i < tokens.size(); ++i) mask[static_cast<std::size_t>(tokens[i])] += weights[i];
+  for (std::size_t i = 0; i < std::min(tokens.size(), weights.size()); ++i) {
+    const auto token = static_cast<std::size_t>(tokens[i]);  // of a negative one: past any mask
+    if (token < mask.size()) mask[token] += weights[i];
+  }
   for (float& m : mask) m = m > 0 ? std::log(m) : -std::numeric_limits<float>::infinity();
 }
 

@@ -43,9 +43,10 @@ namespace detail {
 /// Strides of dense pages of rows of `row` bytes, with `per_page` such pages from one page to the next.
 [[nodiscard]] inline cell_strides page_strides(page_order order, index_t page_size, index_t heads, index_t row,
                                                index_t per_page = 1) noexcept {
-  const index_t page = page_size * heads * row * per_page;
-  if (order == page_order::nhd) return {.page = page, .cell = heads * row, .head = row};
-  return {.page = page, .cell = row, .head = page_size * row};
+  const index_t cell = saturated_product(heads, row);  // of all heads
+  const index_t page = saturated_product(saturated_product(page_size, cell), per_page);
+  if (order == page_order::nhd) return {.page = page, .cell = cell, .head = row};
+  return {.page = page, .cell = row, .head = saturated_product(page_size, row)};
 }
 }  // namespace detail
 
@@ -64,9 +65,7 @@ template <index_t D = dynamic, stored T>
                                        const row_scales& scales = {}) noexcept {
   const index_t row = rows_of<T>{}.extent(p.dk);
   const cell_strides strides = detail::page_strides(order, p.page_size, p.n_kv_heads, row, 2);
-  const auto* v =
-      kv == nullptr ? nullptr : reinterpret_cast<const T*>(reinterpret_cast<const std::byte*>(kv) + strides.page / 2);
-  return flashinfer_paged_kv<D>(kv, strides, v, strides, p, scales);
+  return flashinfer_paged_kv<D>(kv, strides, detail::rows_after(kv, strides.page / 2), strides, p, scales);
 }
 
 }  // namespace vattn

@@ -29,7 +29,7 @@ concept cell_places = requires(const P& p, index_t b) {
   { p.validate() } -> std::same_as<status>;
 };
 
-/// BYTES from one page, cell of a page, or KV head to the next.
+/// BYTES from one page, cell of a page, or KV head to the next; 0 repeats.
 struct cell_strides {
   index_t page = 0;
   index_t cell = 0;
@@ -44,11 +44,20 @@ struct row_store {
   [[no_unique_address]] F format{};
 
   [[nodiscard]] const std::byte* head(index_t h) const noexcept {
-    return static_cast<const std::byte*>(first) + h * strides.head;
+    const auto* bytes = static_cast<const std::byte*>(first);
+    return bytes ? bytes + h * strides.head : nullptr;  // null where no row is ever read
   }
 };
 
 namespace detail {
+/// Rows that begin `bytes` after others; null after null. As an integer: of sizes that are wrong, which validate()
+/// refuses later, the sum is no address.
+template <class T>
+[[nodiscard]] const T* rows_after(const T* first, index_t bytes) noexcept {
+  if (first == nullptr) return nullptr;
+  return reinterpret_cast<const T*>(reinterpret_cast<std::uintptr_t>(first) + static_cast<std::uintptr_t>(bytes));
+}
+
 template <class F>
 struct element_of_format {
   using type = void;
@@ -170,10 +179,7 @@ class placed_kv {
                            ll(K::width), ll(V::width), ll(dk_), ll(dv_));
     }
     if (status s = places_.validate(); !s) return s;
-    if (norm_room_ != 0 && norm_room_ < places_.page_size()) {
-      return status::error(errc::invalid_argument, "norms have room for %lld cells a head, but there are %lld",
-                           ll(norm_room_), ll(places_.page_size()));
-    }
+    if (status s = detail::check_norms(norms_, norm_room_, places_.page_size()); !s) return s;
     index_t longest = 0;
     for (index_t b = 0; b < n_batch(); ++b) longest = std::max<index_t>(longest, places_.length(b));
     if (longest == 0) return {};  // no row is ever read
@@ -193,14 +199,10 @@ class placed_kv {
                            ll(multiple));
     }
     constexpr auto alignment = static_cast<index_t>(F::alignment);
-    if (reinterpret_cast<std::uintptr_t>(rows.first) % F::alignment != 0) {
-      return status::error(errc::invalid_argument, "%s is not aligned to its element size %lld", name, ll(alignment));
-    }
     const index_t bytes = rows.format.extent(width);
     const auto along = [&](const char* axis, index_t stride, index_t extent) -> status {
-      if (extent <= 1) return {};
-      const index_t magnitude = stride < 0 ? -stride : stride;
-      if (magnitude < bytes || magnitude % alignment != 0) {
+      if (extent <= 1 || stride == 0) return {};
+      if (detail::magnitude(stride) < bytes || stride % alignment != 0) {
         return status::error(errc::invalid_argument,
                              "the %s stride of %s is %lld bytes: give a multiple of %lld of at least %lld bytes, the "
                              "extent of a row; strides are in bytes, not in elements",
@@ -210,7 +212,11 @@ class placed_kv {
     };
     if (status s = along("cell", rows.strides.cell, places_.page_size()); !s) return s;
     if (status s = along("head", rows.strides.head, n_kv_heads_); !s) return s;
-    return along("page", rows.strides.page, places_.n_pages());
+    if (status s = along("page", rows.strides.page, places_.n_pages()); !s) return s;
+    index_t step = alignment;  // between groups of a row, where it has them
+    if constexpr (requires { rows.format.stride; }) step = rows.format.stride;
+    return detail::check_elements<4>(name, rows.first, {places_.n_pages(), n_kv_heads_, places_.page_size(), width},
+                                     {rows.strides.page, rows.strides.head, rows.strides.cell, step}, F::alignment);
   }
 
   Places places_{};

@@ -34,6 +34,8 @@ class padded_sequences {
                            "the cache has n_batch %lld and room for %lld tokens: give 0 or more",
                            static_cast<long long>(n_batch_), static_cast<long long>(capacity_));
     }
+    if (lengths_ == nullptr) return {};
+    if (status s = detail::check_aligned("lengths", lengths_, alignof(std::int32_t)); !s) return s;
     for (index_t b = 0; b < n_batch_; ++b) {
       if (length(b) < 0 || length(b) > capacity_) {
         return status::error(errc::invalid_argument, "sequence %lld has length %lld: give one from 0 to %lld, its room",
@@ -74,7 +76,7 @@ class ring_sequence {
     return {capacity_, capacity_ > 0 ? first_position_ % capacity_ : 0};
   }
   [[nodiscard]] status validate() const noexcept {
-    if (first_position_ < 0 || length_ < 0 || length_ > capacity_) {
+    if (first_position_ < 0 || length_ < 0 || length_ > capacity_ || capacity_ >= detail::widest_buffer) {
       return status::error(
           errc::invalid_argument,
           "%lld tokens from position %lld in a ring of %lld cells: give a position of 0 or more and no "
@@ -110,8 +112,8 @@ class paged_sequence {
 
 namespace detail {
 [[nodiscard]] inline status check_pages(index_t n_pages, index_t page_size) noexcept {
-  if (n_pages >= 0 && page_size >= 1) return {};
-  return status::error(errc::invalid_argument, "%lld pages of %lld tokens: give 0 or more of 1 or more",
+  if (n_pages >= 0 && page_size >= 1 && page_size >> 31 == 0) return {};
+  return status::error(errc::invalid_argument, "%lld pages of %lld tokens: give 0 or more of 1 to 2^31 - 1",
                        static_cast<long long>(n_pages), static_cast<long long>(page_size));
 }
 
@@ -151,7 +153,7 @@ class block_table {
   [[nodiscard]] paged_sequence sequence(index_t b) const noexcept { return {table_ + b * row_stride_, block_size_}; }
   [[nodiscard]] status validate() const noexcept {
     if (status s = detail::check_pages(n_blocks_, block_size_); !s) return s;
-    if (n_batch_ < 0 || max_blocks_ < 0 || row_stride_ < max_blocks_) {
+    if (n_batch_ < 0 || max_blocks_ < 0 || row_stride_ < max_blocks_ || row_stride_ >= detail::widest_buffer) {
       return status::error(errc::invalid_argument,
                            "the block table is [%lld, %lld] with rows %lld entries apart: rows are at least as far "
                            "apart as they are long",
@@ -160,6 +162,11 @@ class block_table {
     }
     if (n_batch_ > 0 && (seq_lens_ == nullptr || (table_ == nullptr && max_blocks_ > 0)))
       return status::error(errc::invalid_argument, "%s is null", seq_lens_ ? "the block table" : "seq_lens");
+    if (status s = detail::check_aligned("seq_lens", seq_lens_, alignof(std::int32_t)); !s) return s;
+    if (status s = detail::check_elements<2>("the block table", table_, {n_batch_, max_blocks_}, {4 * row_stride_, 4},
+                                             alignof(std::int32_t));
+        !s)
+      return s;
     for (index_t b = 0; b < n_batch_; ++b) {
       const index_t n = seq_lens_[b], used = (n + block_size_ - 1) / block_size_;
       if (n < 0 || used > max_blocks_) {
@@ -208,20 +215,25 @@ class page_lists {
     if (n_batch_ == 0) return {};
     if (indptr_ == nullptr || last_page_len_ == nullptr)
       return status::error(errc::invalid_argument, "%s is null", indptr_ ? "last_page_len" : "indptr");
+    if (status s = detail::check_aligned("indptr", indptr_, alignof(std::int32_t)); !s) return s;
+    if (status s = detail::check_aligned("indices", indices_, alignof(std::int32_t)); !s) return s;
+    if (status s = detail::check_aligned("last_page_len", last_page_len_, alignof(std::int32_t)); !s) return s;
+    // All of indptr first: it says how many indices there are.
     if (indptr_[0] < 0)
       return status::error(errc::invalid_argument, "indptr[0] is %lld: give 0 or more",
                            static_cast<long long>(indptr_[0]));
     for (index_t b = 0; b < n_batch_; ++b) {
+      if (indptr_[b + 1] >= indptr_[b]) continue;
+      return status::error(errc::invalid_argument,
+                           "indptr falls from %lld to %lld at sequence %lld: it is the running sum of pages, "
+                           "[n_batch + 1]",
+                           static_cast<long long>(indptr_[b]), static_cast<long long>(indptr_[b + 1]),
+                           static_cast<long long>(b));
+    }
+    if (indices_ == nullptr && indptr_[n_batch_] > 0) return status::error(errc::invalid_argument, "indices is null");
+    for (index_t b = 0; b < n_batch_; ++b) {
       const index_t pages = index_t{indptr_[b + 1]} - indptr_[b], last = last_page_len_[b];
-      if (pages < 0) {
-        return status::error(errc::invalid_argument,
-                             "indptr falls from %lld to %lld at sequence %lld: it is the running sum of pages, "
-                             "[n_batch + 1]",
-                             static_cast<long long>(indptr_[b]), static_cast<long long>(indptr_[b + 1]),
-                             static_cast<long long>(b));
-      }
       if (pages == 0) continue;
-      if (indices_ == nullptr) return status::error(errc::invalid_argument, "indices is null");
       if (last < 1 || last > page_size_) {
         return status::error(errc::invalid_argument,
                              "last_page_len of sequence %lld is %lld: give 1 to page_size %lld, or a sequence of no "

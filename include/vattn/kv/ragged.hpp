@@ -11,7 +11,8 @@ template <index_t DK = dynamic, index_t DV = DK, stored TK, stored TV>
 [[nodiscard]] placed_kv<padded_sequences, rows_of<TK, DK>, rows_of<TV, DV>> padded_kv(
     const TK* k, const TV* v, const kv_shape& s, const std::int32_t* lengths, const row_scales& scales = {}) noexcept {
   const auto strides = [&](index_t row) {
-    return cell_strides{.page = row * s.n_tokens * s.n_kv_heads, .cell = row, .head = row * s.n_tokens};
+    const index_t head = saturated_product(row, s.n_tokens);
+    return cell_strides{.page = saturated_product(head, s.n_kv_heads), .cell = row, .head = head};
   };
   return {padded_sequences(s.n_batch, s.n_tokens, lengths),
           s.n_kv_heads,

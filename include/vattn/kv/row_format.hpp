@@ -9,6 +9,7 @@
 #include "vattn/kernel/grouped.hpp"
 #include "vattn/kernel/quantised.hpp"
 #include "vattn/kernel/row.hpp"
+#include "vattn/tensor.hpp"
 
 namespace vattn {
 
@@ -37,7 +38,7 @@ struct plain_rows {
   [[nodiscard]] row at(const std::byte* first, index_t elements) const noexcept {
     return row(reinterpret_cast<const T*>(first), static_cast<std::size_t>(D == dynamic ? elements : D));
   }
-  [[nodiscard]] index_t extent(index_t elements) const noexcept { return elements * static_cast<index_t>(sizeof(T)); }
+  [[nodiscard]] index_t extent(index_t elements) const noexcept { return saturated_product(elements, sizeof(T)); }
   [[nodiscard]] index_t multiple() const noexcept { return 1; }
 };
 
@@ -52,7 +53,7 @@ struct block_rows {
     return {reinterpret_cast<const B*>(first), static_cast<std::size_t>(elements)};
   }
   [[nodiscard]] index_t extent(index_t elements) const noexcept {
-    return elements / multiple() * static_cast<index_t>(sizeof(B));
+    return saturated_product(elements / multiple(), sizeof(B));
   }
   [[nodiscard]] index_t multiple() const noexcept { return static_cast<index_t>(kernel::block_elements); }
 };

@@ -32,6 +32,7 @@ class store_head {
   using value_row = std::span<const T>;
   using key_element = T;
   using value_element = T;
+  static constexpr bool shuffled = true;  ///< see rows_in_order
 
   store_head(const T* k, const T* v, index_t n, index_t dk, index_t dv, index_t sinks, index_t past,
              const sketch::block_codes* codes, const float* centre) noexcept

@@ -52,6 +52,13 @@ concept kv_head_with_key_norms = kv_head<H> && requires(const H& head, index_t t
   { head.key_norm(token) } -> std::convertible_to<float>;
 };
 
+/// A KV head whose rows are in the order of their tokens, as all are but those that say `shuffled` (a
+/// shuffled_store's): rows can then be told from tokens by causality, windows, masks and positions.
+template <class H>
+concept rows_in_order = kv_head<H> && !requires {
+  requires H::shuffled;
+};
+
 /// A cache: batch x KV heads. Sequences of a batch may differ in length (`head(b, h).size()`).
 template <class C>
 concept kv_cache = requires(const C& cache, index_t batch, index_t h) {
@@ -63,7 +70,7 @@ concept kv_cache = requires(const C& cache, index_t batch, index_t h) {
   { cache.validate() } -> std::same_as<status>;
 };
 
-/// BYTES from one token, KV head or sequence to the next.
+/// BYTES from one token, KV head or sequence to the next; 0 repeats.
 struct kv_strides {
   index_t token = 0;
   index_t head = 0;
@@ -87,6 +94,19 @@ struct row_norms {
   /// 0 = n_tokens.
   index_t per_head = 0;
 };
+
+namespace detail {
+/// `room`: floats from one KV head to the next, 0 = dense; `tokens`: those that a head needs.
+[[nodiscard]] inline status check_norms(const row_norms& norms, index_t room, index_t tokens) noexcept {
+  if (room != 0 && room < tokens) {
+    return status::error(errc::invalid_argument, "norms have room for %lld cells a head, but there are %lld",
+                         static_cast<long long>(room), static_cast<long long>(tokens));
+  }
+  if (status s = check_aligned("norms.keys", norms.keys, alignof(float)); !s) return s;
+  if (status s = check_aligned("norms.values", norms.values, alignof(float)); !s) return s;
+  return check_aligned("norms.value_centres", norms.value_centres, alignof(float));
+}
+}  // namespace detail
 
 /// One head of a `kv_view`. DK and DV are compile-time head sizes, or `dynamic`.
 template <kernel::element TK, kernel::element TV, index_t DK, index_t DV>
@@ -156,8 +176,12 @@ class kv_view {
     const index_t which = batch * shape_.n_kv_heads + h;
     const auto at = [which](const float* first, index_t width) { return first ? first + which * width : nullptr; };
     const index_t per_head = norms_.per_head > 0 ? norms_.per_head : shape_.n_tokens;
-    return {reinterpret_cast<const std::byte*>(k_) + batch * k_strides_.batch + h * k_strides_.head,
-            reinterpret_cast<const std::byte*>(v_) + batch * v_strides_.batch + h * v_strides_.head,
+    const auto first = [&](const void* rows, const kv_strides& strides) {  // of an empty cache they may be null
+      const auto* bytes = static_cast<const std::byte*>(rows);
+      return bytes ? bytes + batch * strides.batch + h * strides.head : nullptr;
+    };
+    return {first(k_, k_strides_),
+            first(v_, v_strides_),
             row_norms{at(norms_.keys, per_head), at(norms_.values, per_head), at(norms_.value_centres, shape_.dv)},
             k_strides_.token,
             v_strides_.token,
@@ -166,7 +190,8 @@ class kv_view {
             shape_.dv};
   }
 
-  /// Catches what cannot be meant: null buffers, sizes that contradict DK or DV, strides in elements.
+  /// Catches what cannot be meant: null or misaligned buffers, sizes that contradict DK or DV, strides in elements. A
+  /// stride of 0 repeats its axis: heads that were expanded, a prefix that a batch shares.
   [[nodiscard]] status validate() const noexcept {
     const kv_shape& s = shape_;
     if (s.n_batch < 0 || s.n_kv_heads < 1 || s.n_tokens < 0 || s.dk < 1 || s.dv < 1) {
@@ -186,38 +211,38 @@ class kv_view {
       return status::error(errc::invalid_argument, "%s is null but the cache has %lld tokens: pass its first row",
                            k_ == nullptr ? "K" : "V", ll(s.n_tokens));
     }
-    if (status st = check_strides("K", k_, k_strides_, s.dk * static_cast<index_t>(sizeof(TK)), alignof(TK)); !st)
-      return st;
-    return check_strides("V", v_, v_strides_, s.dv * static_cast<index_t>(sizeof(TV)), alignof(TV));
+    if (status st = detail::check_norms(norms_, norms_.per_head, s.n_tokens); !st) return st;
+    if (status st = check_strides("K", k_, k_strides_, s.dk, sizeof(TK), alignof(TK)); !st) return st;
+    return check_strides("V", v_, v_strides_, s.dv, sizeof(TV), alignof(TV));
   }
 
  private:
   static constexpr long long ll(index_t value) noexcept { return static_cast<long long>(value); }
 
-  [[nodiscard]] status check_strides(const char* name, const void* first, const kv_strides& strides, index_t row_bytes,
-                                     std::size_t alignment) const noexcept {
+  [[nodiscard]] status check_strides(const char* name, const void* first, const kv_strides& strides, index_t width,
+                                     std::size_t element, std::size_t alignment) const noexcept {
+    const index_t row_bytes = saturated_product(width, static_cast<index_t>(element));
     const auto check = [&](const char* axis, index_t stride, index_t extent) -> status {
-      const index_t magnitude = stride < 0 ? -stride : stride;
-      if (extent > 1 && magnitude < row_bytes) {
+      if (extent > 1 && stride != 0 && detail::magnitude(stride) < row_bytes) {
         return status::error(
             errc::invalid_argument,
             "the %s stride of %s is %lld bytes, less than one row of %lld bytes: strides are in bytes, "
             "not in elements",
             axis, name, ll(stride), ll(row_bytes));
       }
-      if (extent > 1 && magnitude % static_cast<index_t>(alignment) != 0) {
+      if (extent > 1 && stride % static_cast<index_t>(alignment) != 0) {
         return status::error(errc::invalid_argument,
                              "the %s stride of %s is %lld bytes, no multiple of the element size %zu", axis, name,
                              ll(stride), alignment);
       }
       return {};
     };
-    if (reinterpret_cast<std::uintptr_t>(first) % alignment != 0) {
-      return status::error(errc::invalid_argument, "%s is not aligned to its element size %zu", name, alignment);
-    }
     if (status st = check("token", strides.token, shape_.n_tokens); !st) return st;
     if (status st = check("head", strides.head, shape_.n_kv_heads); !st) return st;
-    return check("batch", strides.batch, shape_.n_batch);
+    if (status st = check("batch", strides.batch, shape_.n_batch); !st) return st;
+    return detail::check_elements<4>(name, first, {shape_.n_batch, shape_.n_kv_heads, shape_.n_tokens, width},
+                                     {strides.batch, strides.head, strides.token, static_cast<index_t>(element)},
+                                     alignment);
   }
 
   const TK* k_ = nullptr;
@@ -231,22 +256,22 @@ class kv_view {
 template <index_t DK = dynamic, index_t DV = DK, kernel::element TK, kernel::element TV>
 [[nodiscard]] kv_view<TK, TV, DK, DV> contiguous_kv(const TK* k, const TV* v, const kv_shape& shape) noexcept {
   const auto strides = [&](index_t width) {
-    return kv_strides{
-        .token = width, .head = width * shape.n_tokens, .batch = width * shape.n_tokens * shape.n_kv_heads};
+    const index_t head = saturated_product(width, shape.n_tokens);
+    return kv_strides{.token = width, .head = head, .batch = saturated_product(head, shape.n_kv_heads)};
   };
-  return {k, strides(shape.dk * static_cast<index_t>(sizeof(TK))), v,
-          strides(shape.dv * static_cast<index_t>(sizeof(TV))), shape};
+  return {k, strides(saturated_product(shape.dk, sizeof(TK))), v, strides(saturated_product(shape.dv, sizeof(TV))),
+          shape};
 }
 
 /// K [n_batch, n_tokens, n_kv_heads, dk] and V [n_batch, n_tokens, n_kv_heads, dv], dense (tokens outermost).
 template <index_t DK = dynamic, index_t DV = DK, kernel::element TK, kernel::element TV>
 [[nodiscard]] kv_view<TK, TV, DK, DV> token_major_kv(const TK* k, const TV* v, const kv_shape& shape) noexcept {
   const auto strides = [&](index_t width) {
-    return kv_strides{
-        .token = width * shape.n_kv_heads, .head = width, .batch = width * shape.n_kv_heads * shape.n_tokens};
+    const index_t token = saturated_product(width, shape.n_kv_heads);
+    return kv_strides{.token = token, .head = width, .batch = saturated_product(token, shape.n_tokens)};
   };
-  return {k, strides(shape.dk * static_cast<index_t>(sizeof(TK))), v,
-          strides(shape.dv * static_cast<index_t>(sizeof(TV))), shape};
+  return {k, strides(saturated_product(shape.dk, sizeof(TK))), v, strides(saturated_product(shape.dv, sizeof(TV))),
+          shape};
 }
 
 }  // namespace vattn

@@ -44,10 +44,8 @@ template <index_t D = dynamic, stored T>
 [[nodiscard]] auto vllm_kv(const T* kv, const vllm_blocks& b, const row_scales& scales = {}) noexcept {
   const index_t row = rows_of<T>{}.extent(b.d);
   const cell_strides strides = detail::page_strides(page_order::nhd, b.block_size, b.n_kv_heads, row);
-  const auto* v = kv == nullptr
-                      ? nullptr
-                      : reinterpret_cast<const T*>(reinterpret_cast<const std::byte*>(kv) + b.n_blocks * strides.page);
-  return vllm_kv<D>(kv, strides, v, strides, b, scales);
+  return vllm_kv<D>(kv, strides, detail::rows_after(kv, saturated_product(b.n_blocks, strides.page)), strides, b,
+                    scales);
 }
 
 /// [n_blocks, n_kv_heads, block_size, 2·d]: each row a key, then its value. For a buffer that is permuted or padded
@@ -58,9 +56,8 @@ template <index_t D = dynamic, stored T>
   const index_t row = rows_of<T>{}.extent(b.d);
   const bool dense = strides.page == 0 && strides.cell == 0 && strides.head == 0;
   const cell_strides used =
-      dense ? detail::page_strides(page_order::hnd, b.block_size, b.n_kv_heads, 2 * row) : strides;
-  const auto* v = kv == nullptr ? nullptr : reinterpret_cast<const T*>(reinterpret_cast<const std::byte*>(kv) + row);
-  return vllm_kv<D>(kv, used, v, used, b, scales);
+      dense ? detail::page_strides(page_order::hnd, b.block_size, b.n_kv_heads, saturated_product(2, row)) : strides;
+  return vllm_kv<D>(kv, used, detail::rows_after(kv, row), used, b, scales);
 }
 
 /// K [n_blocks, n_kv_heads, d/x, block_size, x], V [n_blocks, n_kv_heads, d, block_size]; x = 16/sizeof(T). The
@@ -68,13 +65,14 @@ template <index_t D = dynamic, stored T>
 template <kernel::element T>
 [[nodiscard]] vllm_view<grouped_rows<T>> vllm_x_packed_kv(const T* k, const T* v, const vllm_blocks& b) noexcept {
   constexpr auto element = static_cast<index_t>(sizeof(T)), x = 16 / element;
-  const index_t head = b.d * b.block_size * element, page = b.n_kv_heads * head;
+  const index_t head = saturated_product(saturated_product(b.d, b.block_size), element);
+  const index_t page = saturated_product(b.n_kv_heads, head), line = saturated_product(b.block_size, element);
   return {b.places(),
           b.n_kv_heads,
           b.d,
           b.d,
-          {k, {.page = page, .cell = x * element, .head = head}, {.group = x, .stride = b.block_size * x * element}},
-          {v, {.page = page, .cell = element, .head = head}, {.group = 1, .stride = b.block_size * element}}};
+          {k, {.page = page, .cell = x * element, .head = head}, {.group = x, .stride = saturated_product(line, x)}},
+          {v, {.page = page, .cell = element, .head = head}, {.group = 1, .stride = line}}};
 }
 
 }  // namespace vattn

@@ -180,6 +180,39 @@ TEST_CASE("page tables that cannot be meant say why", "[kv][flashinfer]") {
     indptr[2] = 2, indptr[0] = -1;
     CHECK(contains(why(), "indptr[0] is -1"));
   }
+  SECTION("running sums are checked before an id is read by them") {
+    // 150 ids are promised at first, and there are 145: of the size that the last entry says.
+    std::vector<std::int32_t> falling{0, 150, 143, 145}, few(145, 0), ends{7, 0, 6};
+    p.page_size = 7, p.indptr = falling.data(), p.indices = few.data(), p.last_page_len = ends.data();
+    CHECK(contains(why(), "indptr falls from 150 to 143 at sequence 1"));
+    falling = {0, std::numeric_limits<std::int32_t>::max(), 3, 3};
+    CHECK(contains(why(), "indptr falls from 2147483647 to 3"));
+    falling = {0, 0, 3, std::numeric_limits<std::int32_t>::min()};
+    CHECK(contains(why(), "indptr falls from 3 to -2147483648"));
+  }
+  SECTION("misaligned tables") {
+    const auto off = [](const std::int32_t* at) {
+      return reinterpret_cast<const std::int32_t*>(reinterpret_cast<std::uintptr_t>(at) + 2);
+    };
+    p.indptr = off(indptr);
+    CHECK(contains(why(), "indptr is not aligned"));
+    p.indptr = indptr, p.indices = off(indices);
+    CHECK(contains(why(), "indices is not aligned"));
+    p.indices = indices, p.last_page_len = off(last);
+    CHECK(contains(why(), "last_page_len is not aligned"));
+  }
+  SECTION("pages of more tokens than can be counted") {
+    p.page_size = index_t{1} << 31;
+    CHECK(contains(why(), "give 0 or more of 1 to 2^31 - 1"));
+    p.page_size = std::numeric_limits<index_t>::max();
+    CHECK(contains(why(), "give 0 or more of 1 to 2^31 - 1"));
+    p.page_size = 16, p.n_pages = std::numeric_limits<index_t>::max() / 2;
+    CHECK(contains(why(), "K reaches over more than 2^60 bytes"));
+    p.n_pages = 4, p.n_kv_heads = index_t{1} << 50;
+    CHECK(contains(why(), "K reaches over more than 2^60 bytes"));
+    const auto in_one = [&] { return flashinfer_paged_kv(rows.data(), page_order::hnd, p).validate(); };
+    CHECK(in_one().code() == errc::invalid_argument);
+  }
   SECTION("null tables") {
     p.indices = nullptr;
     CHECK(contains(why(), "indices is null"));
@@ -207,6 +240,7 @@ TEST_CASE("page tables that cannot be meant say why", "[kv][flashinfer]") {
     CHECK(contains(message(elements, dense), "strides are in bytes, not in elements"));
     CHECK(contains(message({.page = 1024, .cell = 64, .head = 34}, dense), "the head stride of K is 34 bytes"));
     CHECK(contains(message({.page = 8, .cell = 64, .head = 32}, dense), "the page stride of K is 8 bytes"));
+    CHECK(message({.page = 1024, .cell = 64, .head = 0}, dense).empty());  // one head's rows, for all
   }
   SECTION("null rows, and none to read") {
     const float* none = nullptr;

@@ -73,6 +73,13 @@ TEST_CASE("rings that cannot be meant say why", "[kv][gemma]") {
   l.first_position = 0, l.row_stride = 16;
   CHECK(contains(why(), "the cell stride of K is 16 bytes"));
   l.row_stride = 96;
+  for (const index_t layer : {index_t{-1}, index_t{2}, std::numeric_limits<index_t>::max()}) {
+    l.layer = layer;  // a row of 96 bytes holds one, of 64
+    CHECK(contains(why(), "give a layer that the rows hold"));
+  }
+  l.layer = 0, l.n_rows = std::numeric_limits<index_t>::max();
+  CHECK(contains(why(), "a ring of 9223372036854775807 cells"));
+  l.n_rows = 10;
   CHECK(contains(gemma_cpp_kv(nullptr, l).validate().message(), "K is null"));
   l.n_rows = 0, l.n_tokens = 0;
   CHECK(gemma_cpp_kv(nullptr, l).validate().ok());

@@ -188,6 +188,16 @@ TEST_CASE("ggml tensors that cannot be meant say why", "[kv][ggml]") {
   odd.data = reinterpret_cast<const std::byte*>(odd.data) + 1;
   odd.ne[0] = 32;
   CHECK(contains(why(ggml_kv<q8_0_block>(odd, odd)), "K is not aligned"));
+  // V transposed with rows of an odd number of bytes, and sizes that wrap round.
+  odd_v = v.layout;
+  odd_v.ne = {40, 32, 2, 1}, odd_v.nb = {4, 161, 8192, 16384};
+  CHECK(contains(why(ggml_transposed_kv<float>(k.layout, odd_v)), "the byte stride of axis 3 of V is 161"));
+  other = k.layout;
+  other.nb[2] = std::numeric_limits<index_t>::min();
+  CHECK(contains(why(ggml_kv<float>(other, v.layout)), "K reaches over more than 2^60 bytes"));
+  other = k.layout;
+  other.nb[2] = 0;  // one head for all
+  CHECK(ggml_kv<float>(other, v.layout).validate().ok());
   // What ggml passes: arrays of int64 and size_t.
   const std::int64_t ne[4] = {32, 40, 2, 1};
   const std::size_t nb[4] = {4, 256, 128, 10240};

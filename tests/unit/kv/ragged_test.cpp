@@ -50,4 +50,6 @@ TEST_CASE("padded caches refuse lengths past their room", "[kv][ragged]") {
   CHECK(contains(padded_kv(rows.data(), rows.data(), s, lengths).validate().message(), "sequence 1 has length -1"));
   lengths[1] = 0;
   CHECK(padded_kv(rows.data(), rows.data(), s, lengths).validate().ok());
+  const auto* off = reinterpret_cast<const std::int32_t*>(reinterpret_cast<std::uintptr_t>(lengths) + 1);
+  CHECK(contains(padded_kv(rows.data(), rows.data(), s, off).validate().message(), "lengths is not aligned"));
 }

@@ -196,6 +196,16 @@ TEST_CASE("a view that cannot be meant says why", "[kv][view]") {
   SECTION("strides that split an element") {
     CHECK(contains(why({k, {.token = 33, .head = 128, .batch = 256}, k, strides, good}), "no multiple of the element"));
   }
+  SECTION("strides of 0 repeat: heads that were expanded, a prefix that is shared") {
+    CHECK(kv_view<float>(k, {.token = 32, .head = 0, .batch = 256}, k, strides, good).validate().ok());
+    CHECK(kv_view<float>(k, strides, k, {.token = 32, .head = 128, .batch = 0}, good).validate().ok());
+  }
+  SECTION("strides that leave every memory") {
+    CHECK(contains(why({k, {.token = std::numeric_limits<index_t>::min(), .head = 128}, k, strides, good}),
+                   "K reaches over more than 2^60 bytes"));
+    CHECK(contains(why({k, strides, k, {.token = 32, .head = 128, .batch = index_t{1} << 61}, good}),
+                   "V reaches over more than 2^60 bytes"));
+  }
   SECTION("an axis of length 1 needs no stride") {
     const kv_shape one{.n_batch = 1, .n_kv_heads = 1, .n_tokens = 4, .dk = 8, .dv = 8};
     CHECK(kv_view<float>(k, {.token = 32}, k, {.token = 32}, one).validate().ok());

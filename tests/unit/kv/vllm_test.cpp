@@ -187,6 +187,35 @@ TEST_CASE("block tables that cannot be meant say why", "[kv][vllm]") {
     b.block_size = -16;
     CHECK(contains(why(), "4 pages of -16"));
   }
+  SECTION("misaligned tables") {
+    const auto off = [](const std::int32_t* at) {
+      return reinterpret_cast<const std::int32_t*>(reinterpret_cast<std::uintptr_t>(at) + 1);
+    };
+    b.block_table = off(entries);
+    CHECK(contains(why(), "the block table is not aligned"));
+    b.block_table = entries, b.seq_lens = off(seq_lens);
+    CHECK(contains(why(), "seq_lens is not aligned"));
+  }
+  SECTION("sizes past what can be counted") {
+    constexpr index_t most = std::numeric_limits<index_t>::max();
+    for (const index_t blocks : {index_t{1} << 50, most}) {
+      b.n_blocks = blocks;
+      CHECK(contains(why(), "reaches over more than 2^60 bytes"));
+      CHECK_FALSE(vllm_fused_kv(rows.data(), b).validate().ok());
+      CHECK_FALSE(vllm_x_packed_kv(rows.data(), rows.data(), b).validate().ok());
+    }
+    b.n_blocks = 4, b.block_size = most;
+    CHECK(contains(why(), "give 0 or more of 1 to 2^31 - 1"));
+    b.block_size = 16, b.max_blocks = b.table_stride = most;
+    CHECK(contains(why(), "rows are at least as far apart"));
+    b.max_blocks = 2, b.table_stride = 0, b.d = most;
+    CHECK_FALSE(vllm_kv(rows.data(), b).validate().ok());
+    CHECK_FALSE(vllm_x_packed_kv(rows.data(), rows.data(), b).validate().ok());
+    seq_lens[0] = std::numeric_limits<std::int32_t>::min(), b.d = 8;
+    CHECK(contains(why(), "sequence 0 has seq_len -2147483648"));
+    seq_lens[0] = 32, entries[0] = std::numeric_limits<std::int32_t>::min();
+    CHECK(contains(why(), "page 0 of sequence 0 is page id -2147483648"));
+  }
   SECTION("head sizes that x does not divide") {
     b.d = 6;
     CHECK(contains(vllm_x_packed_kv(rows.data(), rows.data(), b).validate().message(),
