@@ -394,8 +394,12 @@ int main(int argc, char** argv) {
   if (o.regimes == std::vector<std::string>{"none"}) o.regimes.clear();
   try {
     for (const std::string& name : o.selectors) {
-      if (!examples::find_selector(name)) throw std::runtime_error("no selector '" + name + "': see attend --list");
+      std::vector<std::string> known;
+      for (const examples::selector_entry& e : examples::selector_catalogue())
+        if (e.make && !e.learned) known.push_back(e.name);
+      synthetic::check_name("selector", name, known);
     }
+    for (const std::string& regime : o.regimes) synthetic::check_name("regime", regime, synthetic::all_regimes());
     if (o.csv == "-") {
       run(o, std::cout);
       return 0;

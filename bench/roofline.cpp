@@ -206,6 +206,13 @@ void run(const settings& o) {
     for (const index_t dim : o.dims) {
       for (const std::string& dtype : o.dtypes) {
         if (dtype == "q8_0" && dim % 32 != 0) throw std::runtime_error("q8_0 needs a --dim that is a multiple of 32");
+        if (dtype == "q8_0") {
+          const std::vector<std::string> known = mode_names<kernel::q8_0_block>();
+          for (const std::string& mode : o.modes) {
+            if (mode != "none" && std::find(known.begin(), known.end(), mode) == known.end())
+              throw std::runtime_error("mode " + mode + " takes no q8_0: use " + CLI::detail::join(known, ", "));
+          }
+        }
         for (const std::string& regime : o.regimes) {
           for (const index_t n : o.n) {
             const cache_shape shape{regime, n, q, kv, dim, o.agree};
@@ -277,10 +284,10 @@ int main(int argc, char** argv) {
   list(app.add_option("--threads", o.threads, "Threads"))->check(CLI::Range(1, 256));
   list(app.add_option("--regime", o.regimes, "Regimes of the logits"))
       ->check(CLI::IsMember(synthetic::standard_regimes()));
-  list(app.add_option("--modes", o.modes,
-                      "Modes besides read and dense: random_rows, random_pairs, uniform, store, append, append_many, "
-                      "codes, codes_pairs, "
-                      "none; default random_rows, uniform, store"));
+  std::vector<std::string> modes = mode_names<float>();
+  modes.push_back("none");
+  list(app.add_option("--modes", o.modes, "Modes besides read and dense, or none; default random_rows, uniform, store"))
+      ->check(CLI::IsMember(modes));
   app.add_option("--epsilon", o.epsilon, "Error to promise")->check(CLI::Range(1e-6, 1.0))->capture_default_str();
   app.add_option("--delta", o.delta, "Share of outputs that may exceed it")
       ->check(CLI::Range(1e-9, 0.999))
@@ -291,6 +298,11 @@ int main(int argc, char** argv) {
   app.add_option("--json", o.json, "File to write");
   app.add_option("--csv", o.csv, "File to write");
   CLI11_PARSE(app, argc, argv);
+  const bool none = std::find(o.modes.begin(), o.modes.end(), "none") != o.modes.end();
+  if (none && o.modes.size() > 1) {
+    std::cerr << "roofline: --modes none stands alone\n";
+    return 2;
+  }
   try {
     run(o);
   } catch (const std::exception& e) {

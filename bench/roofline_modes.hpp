@@ -403,4 +403,12 @@ template <class T>
   return modes;
 }
 
+/// Names of the modes of caches of T.
+template <class T>
+[[nodiscard]] std::vector<std::string> mode_names() {
+  std::vector<std::string> names;
+  for (const auto& mode : make_modes<T>()) names.push_back(mode->name());
+  return names;
+}
+
 }  // namespace vattn::bench

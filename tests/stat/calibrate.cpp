@@ -68,6 +68,8 @@ std::vector<source> synthetic_sources(const options& o) {
                                                               {"adversarial", synthetic::adversarial_regimes()}});
   const std::vector<std::string> kinds =
       expand(o.values, {{"all", synthetic::value_kinds()}, {"adversarial", synthetic::adversarial_values()}});
+  for (const std::string& regime : regimes) synthetic::check_name("regime", regime, synthetic::all_regimes());
+  for (const std::string& values : kinds) synthetic::check_name("kind of values", values, synthetic::all_value_kinds());
   std::vector<source> sources;
   for (const index_t n : o.lengths) {
     for (const std::string& regime : regimes) {

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <initializer_list>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -41,6 +42,25 @@ inline const std::vector<std::string>& hostile_regimes() {
 inline const std::vector<std::string>& value_kinds() {
   static const std::vector<std::string> names{"mean", "zero", "follow", "heavy_tailed", "one_huge", "low_rank"};
   return names;
+}
+
+/// Names of all regimes, or of all kinds of values.
+inline std::vector<std::string> all_of(std::initializer_list<std::vector<std::string>> lists) {
+  std::vector<std::string> all;
+  for (const auto& list : lists) all.insert(all.end(), list.begin(), list.end());
+  return all;
+}
+inline std::vector<std::string> all_regimes() {
+  return all_of({standard_regimes(), hostile_regimes(), adversarial_regimes()});
+}
+inline std::vector<std::string> all_value_kinds() { return all_of({value_kinds(), adversarial_values()}); }
+
+/// Throws, with what there is, where a name is none of `known`.
+inline void check_name(const std::string& what, std::string_view name, const std::vector<std::string>& known) {
+  if (std::find(known.begin(), known.end(), name) != known.end()) return;
+  std::string all;
+  for (const std::string& one : known) all += (all.empty() ? "" : ", ") + one;
+  throw std::invalid_argument("unknown " + what + " '" + std::string(name) + "': use " + all);
 }
 
 inline std::vector<float> make_logits(std::string_view regime, std::int64_t n, std::mt19937_64& random) {
@@ -102,7 +122,7 @@ inline std::vector<float> make_logits(std::string_view regime, std::int64_t n, s
   } else if (regime == "constant") {
     fill([] { return 1.0; });
   } else if (!adversarial_logits(regime, l, random)) {
-    throw std::invalid_argument("unknown regime '" + std::string(regime) + "'");
+    check_name("regime", regime, all_regimes());
   }
   return l;
 }
@@ -116,9 +136,7 @@ inline std::vector<float> make_values(std::string_view kind, const std::vector<f
   for (float& x : shared) x = normal(random);
   for (float& x : direction) x = normal(random);
   std::student_t_distribution<float> t2(2);
-  if (std::find(value_kinds().begin(), value_kinds().end(), kind) == value_kinds().end()) {
-    throw std::invalid_argument("unknown value kind '" + std::string(kind) + "'");
-  }
+  check_name("kind of values", kind, all_value_kinds());
   for (std::size_t i = 0; i < n; ++i) {
     const float tail = kind == "heavy_tailed" ? std::abs(t2(random)) : 1.0f;
     const float a = normal(random), b = normal(random);
