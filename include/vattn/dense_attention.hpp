@@ -83,6 +83,7 @@ class dense_call {
 
   template <executor E>
   [[nodiscard]] status run(workspace& memory, E& exec) noexcept {
+    if (result_.output.size() == 0) return {};
     const index_t workers = exec.workers();
     const auto take = [&](arena& a, index_t worker) {
       dense_scratch<Head> s;
@@ -184,7 +185,7 @@ class dense_call {
       tokens += s.tokens[i];
       if (c > 0 && ok) state.merge(s.states[i]);
     }
-    if (ok && tokens > 0) add_sink(state, sink);
+    if (ok) add_sink(state, sink);
     const std::span<float> output = s.part.first(static_cast<std::size_t>(dv));
     const float lse = state.finish(output);
     if (!ok || !std::isfinite(state.denominator()) || !kernel::const_float_map(output.data(), dv).allFinite())

@@ -7,14 +7,14 @@
 
 namespace vattn {
 
-/// Reads every visible row once and certifies so. False if a logit is not finite.
+/// Reads every visible row once and certifies so. False if a logit is not finite. Of no rows the output is 0 and the
+/// log-sum-exp the sink's logit, −inf without a sink: so shards of a cache merge, whichever of them are empty.
 template <kv_head Head>
 [[nodiscard]] bool attend_exactly(const query_row<Head>& row, const population& tokens, scratch& s,
                                   softmax_state& state, certificate& c) noexcept {
   state.clear();
   softmax_state part(s.part);
   certify_exact(c);
-  if (tokens.size() == 0) return true;  // nothing is attended: output 0, log-sum-exp −inf
   add_sink(state, row.sink_logit);
   return accumulate_exact(
       row, tokens.size(), [&](index_t j) { return tokens[j]; }, state, part, false);

@@ -42,6 +42,9 @@ class mask_view {
 
   [[nodiscard]] explicit operator bool() const noexcept { return data_ != nullptr; }
   [[nodiscard]] const std::array<index_t, 4>& extents() const noexcept { return extents_; }
+  [[nodiscard]] const std::array<index_t, 4>& strides() const noexcept { return strides_; }  ///< bytes
+  [[nodiscard]] const void* data() const noexcept { return data_; }
+  [[nodiscard]] std::size_t element_bytes() const noexcept { return half_ ? sizeof(Eigen::half) : sizeof(float); }
   /// Heads see the same mask: none at all, or one that repeats.
   [[nodiscard]] bool same_for_heads() const noexcept { return data_ == nullptr || strides_[1] == 0; }
   [[nodiscard]] line at(index_t batch, index_t head, index_t query) const noexcept {
@@ -96,9 +99,11 @@ struct attention_options {
   float scale = std::numeric_limits<float>::quiet_NaN();
   /// Gemma-style cap of the scaled logit; 0 = none.
   float softcap = 0;
-  /// Query t of T sees tokens up to n − T + t (aligned to the bottom right).
+  /// Query t of T sees the tokens at positions up to its own: n − T + t (aligned to the bottom right), or
+  /// positions.queries where cells have positions.
   bool causal = false;
-  /// Query t sees the latest `sliding_window` tokens up to its own position n − T + t; 0 = all.
+  /// Query t sees the tokens at the latest `sliding_window` positions up to its own; 0 = no window. Nothing after the
+  /// query is in its window, so with one `causal` changes nothing. Windows to both sides: say them by a mask.
   index_t sliding_window = 0;
   mask_view mask{};
   cell_positions positions{};

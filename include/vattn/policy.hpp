@@ -16,7 +16,7 @@ namespace vattn {
 /// sampler:  which of the rest are read      (uniform_sampler,  sample/uniform.hpp)
 /// bound:    how far a sampled sum may be off (bound,           budget/bounds.hpp)
 /// target:   what must hold at (ε, δ)        (target_for,       budget/targets.hpp)
-/// Derive and redefine what you change.
+/// Derive and redefine what you change. Which go together: `attention_policy` below.
 struct default_policy {
   using selector = select::top_k<select::exact_contributions>;
   using sampler = sample::uniform_without_replacement;
@@ -64,31 +64,92 @@ template <class S>
 concept importance_sampler = requires {
   { S::shape } -> std::convertible_to<sample::importance_shape>;
 };
+/// sample::from_store, or derived from it.
+template <class S>
+concept samples_a_store = requires {
+  requires S::is_store;
+};
+/// sample::by_group_importance: one sample for the query heads of a KV head.
+template <class S>
+concept group_sampler = importance_sampler<S> && requires {
+  requires S::shared;
+};
+/// sample::in_two_phases.
+template <class S>
+concept phased_sampler = importance_sampler<S> && requires {
+  requires S::two_phases;
+};
 
-/// A sampler, and the selector, bound and target that go with it.
-template <class P>
-concept samples_uniformly = uniform_sampler<typename P::sampler>;
-template <class P>
-concept samples_by_importance = importance_sampler<typename P::sampler> && P::selector::estimates &&
-                                P::bound::kind == guarantee::asymptotic&& P::target::kind == target_kind::output;
-/// Certified: by importance from upper bounds of the logits, with a bound that holds at finite n.
-template <class P>
-concept samples_by_hard_bounds = importance_sampler<typename P::sampler> && scores_bound_logits<typename P::selector> &&
-                                 P::bound::kind == guarantee::finite_sample&& P::target::kind == target_kind::output;
+/// Scores estimate the logits, with error scales.
+template <class S>
+concept estimates_logits = requires {
+  requires S::estimates;
+};
+/// select::two_phase, or with its members.
+template <class S>
+concept two_phase_selector = requires(const S& s) {
+  s.coarse;
+  s.fine;
+};
 
-/// From a shuffled_store, whose codes take the selector's place.
+/// Every slot holds what its concept asks for; whether they go together is another question.
 template <class P>
-concept samples_from_store = requires {
-  requires P::sampler::is_store;
-}
-&&P::bound::kind == guarantee::asymptotic&& P::target::kind == target_kind::output;
+concept has_sampler = uniform_sampler<typename P::sampler> || importance_sampler<typename P::sampler> ||
+    samples_a_store<typename P::sampler>;
+template <class P>
+concept has_selector = selector_for<typename P::selector, query_row<detail::any_head>>;
+template <class P>
+concept has_target = target_for<typename P::target, typename P::bound>;
+template <class P>
+concept has_slots = has_sampler<P> && has_selector<P> && has_target<P>;
 
+/// What each sampler goes together with. What the code of a pipeline would ignore, or take for something that it is
+/// not, is refused here, so that vattention<Policy> can say what to supply instead.
+namespace mix {
 template <class P>
-concept attention_policy =
-    (samples_from_store<P> || samples_uniformly<P> || samples_by_importance<P> || samples_by_hard_bounds<P>)&&bound<
-        typename P::bound>&& target_for<typename P::target,
-                                        typename P::bound>&& selector_for<typename P::selector,
-                                                                          query_row<detail::any_head>>;
+inline constexpr bool finite_sample = P::bound::kind == guarantee::finite_sample;
+template <class P>
+inline constexpr bool from_store = samples_a_store<typename P::sampler>;
+template <class P>
+inline constexpr bool by_importance = importance_sampler<typename P::sampler>;
+
+/// Samples of unequal probability are judged by the output's error alone.
+template <class P>
+concept target = !(from_store<P> || by_importance<P>) || P::target::kind == target_kind::output;
+/// A store's scores come from its own codes, and bound nothing.
+template <class P>
+concept store_selector = !from_store<P> || std::same_as<typename P::selector, select::none>;
+template <class P>
+concept store_bound = !from_store<P> || !finite_sample<P>;
+/// Asymptotic importance sampling makes probabilities of estimates and of their errors.
+template <class P>
+concept estimates = !by_importance<P> || finite_sample<P> || estimates_logits<typename P::selector>;
+/// Certified importance sampling makes them of hard bounds, head by head, in one phase, by a Bernstein bound of its
+/// own.
+template <class P>
+concept hard_bounds = !(by_importance<P> && finite_sample<P>) || scores_bound_logits<typename P::selector>;
+template <class P>
+concept certified_sampler = !(by_importance<P> && finite_sample<P>) ||
+                            !(group_sampler<typename P::sampler> || phased_sampler<typename P::sampler>);
+template <class P>
+concept certified_bound =
+    !(by_importance<P> && finite_sample<P>) || std::derived_from<typename P::bound, budget::bernstein>;
+/// Two phases take two indices, and nothing else does.
+template <class P>
+concept phases = (phased_sampler<typename P::sampler> && two_phase_selector<typename P::selector>) ||
+                 !(phased_sampler<typename P::sampler> || two_phase_selector<typename P::selector>);
+/// Finite-sample promises rest on no score that may be exceeded.
+template <class P>
+concept sound_scores = !finite_sample<P> || !scores_may_be_exceeded<typename P::selector>;
+}  // namespace mix
+
+/// A policy that is served as it says. Uniform samplers go with every selector but two_phase, every bound and every
+/// target (a finite-sample bound to which the scores give no range reads all rows); a selector's heavy share is theirs
+/// alone: importance samplers take its scores.
+template <class P>
+concept attention_policy = has_slots<P> && mix::target<P> && mix::store_selector<P> && mix::store_bound<P> &&
+    mix::estimates<P> && mix::hard_bounds<P> && mix::certified_sampler<P> && mix::certified_bound<P> &&
+    mix::phases<P> && mix::sound_scores<P>;
 
 /// Configurations of the paper's experiments (section 5 and appendix of arXiv 2510.05688): sinks 128,
 /// window 128, heavy share and base rate in the ranges it gives, ε = δ. Use with verified_denominator,

@@ -190,7 +190,7 @@ class store_sampler {
       head_task<Head>& task = group_[which[at(i)]];
       task.ok = (odd >> i & 1) == 0;
       task.state = states[at(i)];
-      if (head_.size() > 0) add_sink(task.state, task.row.sink_logit);
+      add_sink(task.state, task.row.sink_logit);
       certify_exact(task.c);
     }
   }
@@ -578,20 +578,16 @@ class store_sampler {
   store_choice choice_{};
 };
 
-/// A store's rows are in no order, and its codes know products alone.
-template <class Q, class Store>
-[[nodiscard]] status check_store_call(const tensor_view<const Q, 4>& q, const Store&,
-                                      const attention_options& options) noexcept {
+/// A store's codes know products alone.
+template <class Store>
+[[nodiscard]] status check_store_call(const Store&, const attention_options& options) noexcept {
   static_assert(
       requires(const Store& s) { s.head(0, 0).codes(); },
       "a policy that samples from a store needs a vattn::shuffled_store as its cache: assign() the view to one");
-  const bool ordered = (options.causal && q.extents[1] > 1) || options.sliding_window > 0 || options.mask ||
-                       options.positions || options.alibi_slopes != nullptr;
-  if (ordered || options.softcap > 0) {
+  if (options.softcap > 0) {
     return status::error(errc::invalid_argument,
-                         "a store is attended whole and without %s: use a view and an "
-                         "importance policy for this call",
-                         ordered ? "masks, windows, positions, ALiBi or several causal queries" : "soft cap");
+                         "a store is attended whole and without soft cap: use a view and an importance policy for this "
+                         "call");
   }
   return {};
 }

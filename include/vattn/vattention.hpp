@@ -26,9 +26,35 @@ namespace vattn {
 template <class Policy = default_policy>
 class vattention {
   static_assert(
-      attention_policy<Policy>,
+      has_slots<Policy>,
       "vattention<Policy>: supply `selector`, `sampler`, `bound` and `target` (derive from vattn::default_policy "
       "and redefine what you change); vattn/policy.hpp names the concept of each");
+  static_assert(!has_slots<Policy> || mix::target<Policy>,
+                "vattention<Policy>: supply budget::output as the target, or a uniform sampler: importance samples and "
+                "stores are judged by the error of the output");
+  static_assert(!has_slots<Policy> || mix::store_selector<Policy>,
+                "vattention<Policy>: supply select::none as the selector: sample::from_store ranks by the store's own "
+                "codes");
+  static_assert(!has_slots<Policy> || mix::store_bound<Policy>,
+                "vattention<Policy>: supply budget::clt or budget::student: a store's codes bound nothing for certain "
+                "(certified_policy over a view does)");
+  static_assert(!has_slots<Policy> || mix::phases<Policy>,
+                "vattention<Policy>: supply sample::in_two_phases together with select::two_phase, or neither");
+  static_assert(!has_slots<Policy> || mix::estimates<Policy>,
+                "vattention<Policy>: supply a selector whose scores estimate logits (select::indexed over key codes, "
+                "select::top_k<select::exact_logits>, or select::calibrated of any ranking): importance samplers make "
+                "probabilities of them");
+  static_assert(!has_slots<Policy> || mix::certified_sampler<Policy>,
+                "vattention<Policy>: supply sample::by_importance: certified samples (finite-sample bounds) are drawn "
+                "for each head, in one phase");
+  static_assert(!has_slots<Policy> || mix::certified_bound<Policy>,
+                "vattention<Policy>: supply budget::bernstein: it is the bound of certified importance samples");
+  static_assert(!has_slots<Policy> || mix::hard_bounds<Policy>,
+                "vattention<Policy>: supply a selector whose scores no logit exceeds (select::hard_bounds, or "
+                "select::indexed over an index with upper_bounds): certified samples rest on them");
+  static_assert(!has_slots<Policy> || mix::sound_scores<Policy>,
+                "vattention<Policy>: supply select::hard_bounds instead of select::upper_scores: finite-sample bounds "
+                "rest on scores that nothing exceeds");
 
  public:
   using selector = typename Policy::selector;
@@ -66,14 +92,14 @@ class vattention {
           std::max<index_t>(1, result.output.extents[0] * result.output.extents[1] * result.output.extents[2]));
     scratch::sparse_sizes sparse = sizes(longest(cache), cache.dv());
     if constexpr (from_store) {
-      if (status s = check_store_call(q, cache, options); !s) return s;
+      if (status s = check_store_call(cache, options); !s) return s;
       using head = std::remove_cvref_t<decltype(cache.head(0, 0))>;
       // All heads at once, each cut among the threads: but not where an observer waits for each.
       if constexpr (std::same_as<std::remove_cvref_t<Observer>, unobserved> &&
                     !partial_executor<std::remove_cvref_t<E>>) {
         const index_t group = std::min(q.extents[2] / cache.n_kv_heads(), max_group);
         if (!result.decisions.tokens && !worth_sampling(longest(cache), cache.head(0, 0).past(), group)) {
-          const status s = exactly<head>(q, cache, options, result, memory, exec);
+          const status s = each.template exactly<head>(q, cache, options, result, memory, exec);
           if (s.code() != errc::workspace_too_small) return s;  // sized for what needs less
         }
       }
@@ -106,7 +132,7 @@ class vattention {
     c.epsilon = settings_.epsilon, c.delta = settings_.delta, c.scale = settings_.scale, c.target = target::kind;
   }
 
-  // The heads of a group, together where one sample serves them all; else this is called with one at a time.
+  // The heads of a group: together where one sample serves them all, else one after another.
   template <kv_head Head>
   void attend(head_group<Head>& heads) const noexcept {
     bool sparse = from_store;
@@ -125,10 +151,13 @@ class vattention {
     if constexpr (from_store) {
       attend_from_store<Policy>(heads, settings_);
     } else if constexpr (!importance_sampler<sampler>) {
-      head_task<Head>& task = heads[0];
-      task.ok = task.ok && attend_uniformly(task.row, task.tokens, task.stream, task.s, task.state, task.c);
+      for (index_t g = 0; g < heads.size(); ++g) {
+        head_task<Head>& task = heads[g];
+        task.ok = task.ok && attend_uniformly(task.row, task.tokens, task.stream, task.s, task.state, task.c);
+      }
     } else if constexpr (bound::kind == guarantee::finite_sample) {
-      heads[0].ok = heads[0].ok && attend_certified(heads[0], settings_, selector_);
+      for (index_t g = 0; g < heads.size(); ++g)
+        heads[g].ok = heads[g].ok && attend_certified(heads[g], settings_, selector_);
     } else if constexpr (two_phases) {
       attend_in_two_phases<bound>(heads, settings_, selector_, sampler::shape, sampler::widening);
     } else {
@@ -245,17 +274,17 @@ class vattention {
     return count;
   }
 
-  static constexpr bool shares_sample = requires { requires sampler::shared; };
-  static constexpr bool from_store = samples_from_store<Policy>;
-  static constexpr bool two_phases = requires { requires sampler::two_phases; };
+  static constexpr bool shares_sample = group_sampler<sampler>;
+  static constexpr bool from_store = samples_a_store<sampler>;
+  static constexpr bool two_phases = phased_sampler<sampler>;
 
   [[nodiscard]] scratch::sparse_sizes sizes(index_t n, index_t dv) const noexcept {
     const auto most = static_cast<std::size_t>(std::ceil(settings_.max_density * static_cast<double>(n)));
-    scratch::sparse_sizes sizes{.selector = selector_scratch(selector_), .sampled = true};
+    scratch::sparse_sizes sizes{.selector = selector_scratch(selector_), .sampled = true, .observed = true};
     sizes.sinks = settings_.sinks, sizes.window = settings_.window;
     sizes.errors = importance_sampler<sampler> || requires { requires selector::wants_errors; };
     if constexpr (from_store) {
-      return {.shared = max_group};
+      return {.observed = true, .shared = max_group};
     } else if constexpr (importance_sampler<sampler>) {
       sizes.weighted = most;
       if constexpr (two_phases) sizes.candidates = most;

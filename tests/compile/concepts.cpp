@@ -4,6 +4,8 @@
 #include <vattn/vattn.hpp>
 #include <vector>
 
+#include "mixes.hpp"
+
 namespace {
 
 using namespace vattn;
@@ -55,6 +57,33 @@ static_assert(selector_for<select::top_p<>, query_row<kv_head_view<float, float,
 static_assert(!selector_for<select::exact_logits, query_row<detail::any_head>>);  // it counts no heavy places
 static_assert(attention_policy<default_policy> && attention_policy<verified_denominator> &&
               attention_policy<verified_numerator> && attention_policy<verified_sdpa>);
+
+// Which slots go together: 14 selectors, 6 samplers, 4 bounds, 4 targets.
+namespace mixes {
+using namespace vattn::test;
+constexpr serves no = serves::never, any = serves::all, asym = serves::asymptotic;
+constexpr serves clt = serves::asymptotic_output, bern = serves::bernstein_output;
+//                               uniform, importance, group, two phases, store
+static_assert(mixes_are<ranks_nothing, any, no, no, no, clt>);
+static_assert(mixes_are<ranks, any, no, no, no, no>);
+static_assert(mixes_are<exact_estimates, any, clt, clt, no, no>);
+static_assert(mixes_are<exact_mass, any, clt, clt, no, no>);
+static_assert(mixes_are<exact_reach, any, no, no, no, no>);
+static_assert(mixes_are<norm_reach, any, no, no, no, no>);
+static_assert(mixes_are<norms, any, no, no, no, no>);
+static_assert(mixes_are<estimates, any, clt, clt, no, no>);
+static_assert(mixes_are<index_bounds, any, bern, no, no, no>);
+static_assert(mixes_are<soft_bounds, asym, no, no, no, no>);
+static_assert(mixes_are<soft_reach, asym, no, no, no, no>);
+static_assert(mixes_are<hard, any, bern, no, no, no>);
+static_assert(mixes_are<calibrated_ranks, any, clt, clt, no, no>);
+static_assert(mixes_are<two, no, no, no, clt, no>);
+static_assert(attention_policy<store_policy> && attention_policy<certified_policy<mix_codes>>);
+}  // namespace mixes
+
+// Rows that are in the order of their tokens, and those of a store.
+static_assert(rows_in_order<kv_head_view<float, float, dynamic, dynamic>> && rows_in_order<detail::any_head>);
+static_assert(!rows_in_order<store_head<float>>);
 
 struct no_bound : default_policy {
   using bound = int;

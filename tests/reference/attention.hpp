@@ -63,7 +63,7 @@ struct weighted_output {
 [[nodiscard]] inline bool sees(const problem& p, std::int64_t b, std::int64_t t, std::int64_t h, std::int64_t token) {
   const std::int64_t position = p.n_tokens - p.n_queries + t;
   if (p.causal && token > position) return false;
-  if (p.sliding_window > 0 && token <= position - p.sliding_window) return false;
+  if (p.sliding_window > 0 && (token > position || token <= position - p.sliding_window)) return false;
   if (p.mask.empty()) return true;
   const auto at = static_cast<std::size_t>(((b * p.n_heads + h) * p.n_queries + t) * p.n_tokens + token);
   return p.mask[at] != -std::numeric_limits<double>::infinity();
@@ -85,7 +85,7 @@ struct weighted_output {
   return s;
 }
 
-/// A query that sees no token has output 0 and log-sum-exp −inf, sink or no sink.
+/// A query that sees no token has output 0 and, as its log-sum-exp, the sink's logit: −inf without a sink.
 [[nodiscard]] inline row attend(const problem& p, std::int64_t b, std::int64_t t, std::int64_t h) {
   row r;
   r.numerator.assign(static_cast<std::size_t>(p.dv), 0.0);
@@ -96,9 +96,9 @@ struct weighted_output {
     r.logits.push_back(logit(p, b, t, h, i));
     r.max_logit = std::max(r.max_logit, r.logits.back());
   }
-  if (r.tokens.empty()) return r;
   const double sink = p.sinks.empty() ? -std::numeric_limits<double>::infinity() : p.sinks[static_cast<std::size_t>(h)];
   r.max_logit = std::max(r.max_logit, sink);
+  if (r.max_logit == -std::numeric_limits<double>::infinity()) return r;
   r.denominator = std::exp(sink - r.max_logit);
   const std::int64_t kv_head = h / (p.n_heads / p.n_kv_heads);
   for (std::size_t i = 0; i < r.tokens.size(); ++i) {

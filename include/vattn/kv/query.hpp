@@ -122,6 +122,18 @@ struct position_range {
   std::int32_t first = 0, last = std::numeric_limits<std::int32_t>::max();
 };
 
+/// The positions that causality and the sliding window leave to a query at `position`: the latest `sliding_window` up
+/// to its own, or all up to its own, or all.
+[[nodiscard]] inline position_range visible_positions(index_t position, const attention_options& options) noexcept {
+  constexpr index_t most = std::numeric_limits<std::int32_t>::max();
+  position_range range;
+  if (options.sliding_window > 0)
+    range.first = static_cast<std::int32_t>(std::clamp<index_t>(position + 1 - options.sliding_window, 0, most));
+  if (options.causal || options.sliding_window > 0)
+    range.last = static_cast<std::int32_t>(std::clamp<index_t>(position, -1, most));
+  return range;
+}
+
 /// The cells of [0, n) that mask and positions leave, ordered for `sinks` and `window` as `population` says. `storage`
 /// [n] and `ends` [min(n, sinks + window)] hold it. O(n) where cells are in order of position, and about that where
 /// they are so but for a few runs; at most O(n log(sinks + window)).
@@ -165,12 +177,12 @@ struct position_range {
   return population(list);
 }
 
-/// The half-open range that causality and the sliding window leave to query t of T against n tokens.
+/// The same by rows, for query t of T against n tokens: a half-open range. The query's position is n − T + t.
 [[nodiscard]] inline std::pair<index_t, index_t> visible_range(index_t n, index_t n_queries, index_t t,
                                                                const attention_options& options) noexcept {
   const index_t position = n - n_queries + t;
   index_t first = 0, last = n;
-  if (options.causal) last = std::clamp<index_t>(position + 1, 0, n);
+  if (options.causal || options.sliding_window > 0) last = std::clamp<index_t>(position + 1, 0, n);
   if (options.sliding_window > 0) first = std::clamp<index_t>(position + 1 - options.sliding_window, 0, last);
   return {first, last};
 }

@@ -117,11 +117,11 @@ class auditor {
   static constexpr std::uint32_t purpose = 0x4155;  // of the stream; no sampler uses it
   static constexpr double delta_unit = 0x1p30;      // δ summed in integers: the same in any order
 
-  // The target's error, relative to its scale. The task's own buffers hold the exact side: the functor is done with
-  // them.
+  // The target's error, relative to its scale.
   template <kv_head Head>
   [[nodiscard]] static double measured(head_task<Head>& task) noexcept {
-    softmax_state exact(task.s.centre), part(task.s.part);
+    VATTN_ASSERT(task.s.truth.size() == task.s.output.size());  // for_each_group was told that it is observed
+    softmax_state exact(task.s.audited), part(task.s.part);
     add_sink(exact, task.row.sink_logit);
     const population& tokens = task.tokens;
     if (!accumulate_exact(
@@ -133,8 +133,8 @@ class auditor {
     const double power = std::sqrt(exact.power() / exact.denominator());
     if (task.c.target == target_kind::denominator) return std::abs(denominators - 1);
     static_cast<void>(task.state.finish(task.s.output));
-    static_cast<void>(exact.finish(task.s.offset));
-    const kernel::const_float_map ours(task.s.output.data(), n), o(task.s.offset.data(), n);
+    static_cast<void>(exact.finish(task.s.truth));
+    const kernel::const_float_map ours(task.s.output.data(), n), o(task.s.truth.data(), n);
     const double norm = static_cast<double>(o.norm());
     if (task.c.target == target_kind::numerator) {
       const double off = static_cast<double>((ours * static_cast<float>(denominators) - o).norm());

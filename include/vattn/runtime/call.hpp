@@ -1,4 +1,4 @@
-// The edge of the library: checks a call's arguments, walks its queries and heads, writes its results.
+// A call once its arguments are checked: walks its queries and heads, and writes its results.
 #pragma once
 
 #include <algorithm>
@@ -10,30 +10,23 @@
 #include <utility>
 
 #include "vattn/certify/certificate.hpp"
-#include "vattn/certify/decision.hpp"
 #include "vattn/estimate/residual.hpp"
 #include "vattn/estimate/weighted.hpp"
 #include "vattn/kv/query.hpp"
 #include "vattn/kv/view.hpp"
+#include "vattn/runtime/arguments.hpp"
 #include "vattn/runtime/executor.hpp"
 #include "vattn/runtime/workspace.hpp"
 #include "vattn/sample/philox.hpp"
 
 namespace vattn {
 
-/// Where results go. `output` is required, the others may be left empty.
-struct attention_result {
-  tensor_view<float, 4> output{};              ///< [n_batch, n_queries, n_q_heads, dv]
-  tensor_view<float, 3> log_sum_exp{};         ///< [n_batch, n_queries, n_q_heads], natural log
-  tensor_view<certificate, 3> certificates{};  ///< [n_batch, n_queries, n_q_heads]
-  decision_result decisions{};                 ///< which rows, with which weights; of `vattention` alone
-};
-
 /// What one worker needs for one query of one head.
 struct scratch {
   std::span<float> query;                     // [dk], scaled
   std::span<float> output;                    // [dv]
   std::span<float> state, part;               // [dv]
+  std::span<float> audited, truth;            // [dv], an auditor's: sums of all rows, and their output
   std::span<float> centre, offset;            // [dv]
   std::span<float> value_centre;              // [dv]
   std::span<float> moments;                   // residual_moments::storage_size(dv)
@@ -58,6 +51,7 @@ struct scratch {
   struct sparse_sizes {
     std::size_t drawn = 0, table = 0, weighted = 0, candidates = 0, selector = 0;
     bool sampled = false;
+    bool observed = false;   // the call may have an auditor
     bool ranked = false;     // tokens are put in order
     bool errors = false;     // scores come with error scales
     std::size_t matrix = 0;  // dv², twice, where a second moment is kept whole
@@ -76,6 +70,8 @@ struct scratch {
     s.part = a.take<float>(width);
     s.visible = a.take<ordinal>(masked ? tokens : 0);
     s.ends = a.take<ordinal>(masked ? static_cast<std::size_t>(std::min(n, sparse.sinks + sparse.window)) : 0);
+    s.audited = a.take<float>(sparse.observed ? width : 0);
+    s.truth = a.take<float>(sparse.observed ? width : 0);
     if (!sparse.sampled) return s;
     s.centre = a.take<float>(width);
     s.offset = a.take<float>(width);
@@ -101,98 +97,6 @@ struct scratch {
     return s;
   }
 };
-
-/// The longest sequence of a batch.
-template <kv_cache KV>
-[[nodiscard]] index_t longest(const KV& cache) noexcept {
-  index_t n = 0;
-  for (index_t b = 0; b < cache.n_batch(); ++b) n = std::max<index_t>(n, cache.head(b, 0).size());
-  return n;
-}
-
-/// Everything about a call that can be known to be wrong before a row is read.
-template <class Q, kv_cache KV>
-[[nodiscard]] status check_call(const tensor_view<const Q, 4>& q, const KV& cache, const attention_options& options,
-                                const attention_result& result) noexcept {
-  const auto ll = [](index_t v) { return static_cast<long long>(v); };
-  if (status s = cache.validate(); !s) return s;
-  const auto [batch, queries, heads, dk] = q.extents;
-  if (batch != cache.n_batch()) {
-    return status::error(errc::invalid_argument, "q has n_batch %lld, the cache %lld", ll(batch), ll(cache.n_batch()));
-  }
-  if (queries < 0 || heads < 0 || heads % cache.n_kv_heads() != 0) {
-    return status::error(errc::invalid_argument,
-                         "q has %lld heads, the cache %lld: the number of query heads must be a multiple of KV heads",
-                         ll(heads), ll(cache.n_kv_heads()));
-  }
-  if (dk != cache.dk()) {
-    return status::error(errc::invalid_argument, "q has head size %lld, the keys %lld%s", ll(dk), ll(cache.dk()),
-                         dk == cache.dv() ? ": are K and V swapped?" : "");
-  }
-  if (q.size() > 0 && q.data == nullptr) return status::error(errc::invalid_argument, "q is null");
-  if (q.size() > 0 && q.strides[3] != static_cast<index_t>(sizeof(Q))) {
-    return status::error(errc::invalid_argument,
-                         "the elements of a query must be adjacent: the last byte stride of q is %lld, not %zu",
-                         ll(q.strides[3]), sizeof(Q));
-  }
-  if (std::isnan(options.scale)) {
-    return status::error(errc::invalid_argument,
-                         "options.scale is not set: 1/sqrt(dk) = %g for most models, 1 if the engine has scaled q",
-                         1 / std::sqrt(static_cast<double>(dk)));
-  }
-  if (!std::isfinite(options.scale)) return status::error(errc::invalid_argument, "options.scale is not finite");
-  if (!(options.softcap >= 0) || std::isinf(options.softcap)) {
-    return status::error(errc::invalid_argument, "options.softcap is %g: give a positive cap, or 0 for none",
-                         static_cast<double>(options.softcap));
-  }
-  if (options.sliding_window < 0) {
-    return status::error(errc::invalid_argument,
-                         "options.sliding_window is %lld: give a number of tokens, or 0 for all",
-                         ll(options.sliding_window));
-  }
-  const index_t n = longest(cache);
-  if (n >= population::max_size)
-    return status::error(errc::invalid_argument, "%lld tokens: sequences end at 2^31", ll(n));
-  if (options.mask) {
-    const auto& m = options.mask.extents();
-    if (m[0] < batch || m[1] < heads || m[2] < queries || m[3] < n) {
-      return status::error(
-          errc::invalid_argument,
-          "the mask is [%lld, %lld, %lld, %lld], less than [%lld, %lld, %lld, %lld]: give the full extents, with "
-          "byte stride 0 where an axis repeats",
-          ll(m[0]), ll(m[1]), ll(m[2]), ll(m[3]), ll(batch), ll(heads), ll(queries), ll(n));
-    }
-  }
-  if (const cell_positions& p = options.positions) {
-    if (p.cells.extents[0] < batch || p.cells.extents[1] < n) {
-      return status::error(errc::invalid_argument, "positions.cells is [%lld, %lld], less than [%lld, %lld]",
-                           ll(p.cells.extents[0]), ll(p.cells.extents[1]), ll(batch), ll(n));
-    }
-    const bool needed = options.causal || options.sliding_window > 0 || options.alibi_slopes != nullptr;
-    if (needed && (!p.queries || p.queries.extents[0] < batch || p.queries.extents[1] < queries)) {
-      return status::error(
-          errc::invalid_argument,
-          "causal, sliding_window and alibi_slopes need positions.queries [%lld, %lld] where cells have "
-          "positions",
-          ll(batch), ll(queries));
-    }
-  }
-  const auto& o = result.output.extents;
-  if (o != std::array<index_t, 4>{batch, queries, heads, cache.dv()}) {
-    return status::error(errc::invalid_argument, "output is [%lld, %lld, %lld, %lld], not [%lld, %lld, %lld, %lld]%s",
-                         ll(o[0]), ll(o[1]), ll(o[2]), ll(o[3]), ll(batch), ll(queries), ll(heads), ll(cache.dv()),
-                         o[3] == cache.dk() && o[3] != cache.dv() ? ": are K and V swapped?" : "");
-  }
-  if (result.output.size() > 0 && result.output.data == nullptr)
-    return status::error(errc::invalid_argument, "output is null");
-  const std::array<index_t, 3> rows{batch, queries, heads};
-  if ((result.log_sum_exp && result.log_sum_exp.extents != rows) ||
-      (result.certificates && result.certificates.extents != rows)) {
-    return status::error(errc::invalid_argument, "log_sum_exp and certificates must be [%lld, %lld, %lld], or empty",
-                         ll(batch), ll(queries), ll(heads));
-  }
-  return result.decisions.check({batch, queries, heads}, n);
-}
 
 /// `place` is (batch·n_queries + query)·n_heads + head.
 [[nodiscard]] inline status non_finite_error(index_t place, index_t n_queries, index_t n_heads) noexcept {
@@ -287,10 +191,7 @@ template <kv_head Head>
     const auto [first, last] = visible_range(n, n_queries, t, options);
     return {first, last, row.mask, s.visible};
   }
-  position_range range;
-  if (options.causal) range.last = static_cast<std::int32_t>(row.position);
-  if (options.sliding_window > 0)
-    range.first = static_cast<std::int32_t>(std::max<index_t>(0, row.position + 1 - options.sliding_window));
+  const position_range range = visible_positions(row.position, options);
   return visible_by_position(n, row.mask, row.positions, range, sparse.sinks, sparse.window, s.visible, s.ends);
 }
 
@@ -300,6 +201,7 @@ template <class Q, kv_cache KV, executor E, class Attend>
 [[nodiscard]] status for_each_group(const tensor_view<const Q, 4>& q, const KV& cache, const attention_options& options,
                                     const attention_result& result, workspace& memory, const draw_key& key, E& exec,
                                     const scratch::sparse_sizes& sparse, Attend&& attend) noexcept {
+  if (result.output.size() == 0) return {};
   const index_t n_queries = q.extents[1], n_heads = q.extents[2], dk = q.extents[3];
   const index_t dv = cache.dv(), n_max = longest(cache), workers = exec.workers();
   const bool masked = options.mask || options.positions;

@@ -82,6 +82,7 @@ class arena {
   [[nodiscard]] std::span<T> take(std::size_t count) noexcept {
     const std::size_t at = used_;
     used_ += (count * sizeof(T) + workspace::alignment - 1) / workspace::alignment * workspace::alignment;
+    VATTN_ASSERT(memory_.data() == nullptr || used_ <= memory_.size());  // what was counted is what is taken
     if (used_ > memory_.size()) return {};
     return {reinterpret_cast<T*>(memory_.data() + at), count};
   }

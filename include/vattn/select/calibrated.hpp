@@ -17,6 +17,10 @@ namespace vattn::select {
 /// uniform. The rows are counted as read. Costs pilot keys a query; not for scores that state their errors.
 template <class Ranking>
 struct calibrated {
+  static_assert(
+      !requires { requires Ranking::wants_errors; },
+      "calibrated<Ranking>: supply a ranking; scores that state their errors need no calibration (use select::indexed "
+      "over the same index)");
   static constexpr bool estimates = true;
 
   Ranking base;

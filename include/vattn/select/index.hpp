@@ -45,6 +45,16 @@ inline constexpr bool scores_bound_logits = [] {
   }
 }();
 
+/// Scores of a kind that bounds logits or contributions, but only as far as an estimate does: select::upper_scores.
+template <class S>
+inline constexpr bool scores_may_be_exceeded = [] {
+  if constexpr (requires { S::may_be_exceeded; }) {
+    return bool{S::may_be_exceeded};
+  } else {
+    return false;
+  }
+}();
+
 /// Brings an index up to its head: call it after the engine has written keys. Returns the tokens appended.
 template <key_index I, kv_head Head>
 index_t append_from(I& index, const Head& head) {
@@ -131,6 +141,7 @@ template <key_index Index>
 struct upper_scores {
   static_assert(Index::estimates, "upper_scores<Index>: the index must state its errors, as sketch::key_codes do");
   static constexpr bool wants_errors = true;
+  static constexpr bool may_be_exceeded = true;
 
   std::span<const Index> heads;
   /// As the importance floor's z: of honest scores 3 in 1000 are further off.
@@ -161,6 +172,7 @@ struct upper_scores {
 template <key_index Index>
 struct hard_bounds : upper_scores<Index> {
   static constexpr bool upper_bounds = true;
+  static constexpr bool may_be_exceeded = false;
 
   hard_bounds() = default;
   hard_bounds(std::span<const Index> indices) noexcept

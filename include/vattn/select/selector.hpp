@@ -131,6 +131,10 @@ template <kv_head Head>
 /// every value is read twice.
 template <class Logit>
 struct contributions : Logit {
+  // Of logits, as importance sampling wants them: these are not.
+  static constexpr bool estimates = false;
+  static constexpr bool upper_bounds = false;
+
   template <kv_head Head>
   score_result score(const query_row<Head>& row, const population& tokens, const score_buffers& out) const noexcept {
     score_result r = Logit::score(row, tokens, out);

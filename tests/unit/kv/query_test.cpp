@@ -35,6 +35,30 @@ TEST_CASE("visible_range agrees with the definition, for every n, T, t and windo
   CHECK(wrong == 0);
 }
 
+TEST_CASE("causality and windows leave the same by rows and by positions", "[kv][query]") {
+  index_t wrong = 0;
+  for (const bool causal : {false, true}) {
+    for (index_t n = 0; n <= 6; ++n) {
+      for (index_t queries = 1; queries <= 8; ++queries) {
+        for (const index_t window :
+             {index_t{0}, index_t{1}, index_t{3}, index_t{8}, std::numeric_limits<index_t>::max()}) {
+          vattn::attention_options options;
+          options.causal = causal;
+          options.sliding_window = window;
+          for (index_t t = 0; t < queries; ++t) {
+            const auto [first, last] = vattn::visible_range(n, queries, t, options);
+            const vattn::position_range range = vattn::visible_positions(n - queries + t, options);
+            for (index_t i = 0; i < n; ++i) wrong += (first <= i && i < last) != (range.first <= i && i <= range.last);
+            // A window holds what it says, less what the sequence lacks.
+            if (window > 0) wrong += last - first != std::min(window, std::max<index_t>(0, n - queries + t + 1));
+          }
+        }
+      }
+    }
+  }
+  CHECK(wrong == 0);
+}
+
 TEST_CASE("a population is a range, or the list that a mask leaves", "[kv][query]") {
   const std::vector<float> mask{0, -infinity, 1, -infinity, -3, 0, -infinity, 2};
   const vattn::mask_view view(vattn::tensor_view<const float, 4>(mask.data(), {1, 1, 1, 8}));

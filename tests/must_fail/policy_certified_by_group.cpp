@@ -1,0 +1,17 @@
+#include <vattn/vattn.hpp>
+
+using codes = vattn::sketch::key_codes<8>;
+
+struct mine : vattn::default_policy {
+#if defined(VATTN_CORRECTED)
+  using selector = vattn::select::hard_bounds<codes>;
+  using sampler = vattn::sample::by_importance;
+  using bound = vattn::budget::bernstein;
+#else
+  using selector = vattn::select::hard_bounds<codes>;
+  using sampler = vattn::sample::by_group_importance;
+  using bound = vattn::budget::bernstein;
+#endif
+};
+
+const vattn::vattention<mine> attend;
