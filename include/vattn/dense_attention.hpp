@@ -84,7 +84,7 @@ class dense_call {
   template <executor E>
   [[nodiscard]] status run(workspace& memory, E& exec) noexcept {
     if (result_.output.size() == 0) return {};
-    const index_t workers = exec.workers();
+    const index_t workers = workers_of(exec);
     const auto take = [&](arena& a, index_t worker) {
       dense_scratch<Head> s;
       s.take_shared(a, plan_, cache_.dv());
@@ -99,7 +99,7 @@ class dense_call {
       return take(a, worker);
     };
     const index_t pieces = q_.extents[0] * plan_.tiles * cache_.n_kv_heads() * plan_.chunks;
-    status ran = run_tasks(exec, pieces, [&](index_t task, index_t worker) {
+    status ran = run_tasks(exec, workers, pieces, [&](index_t task, index_t worker) {
       const index_t chunk = task % plan_.chunks, piece = task / plan_.chunks;
       const index_t kv = piece % cache_.n_kv_heads(), tile = piece / cache_.n_kv_heads();
       read(tile / plan_.tiles, tile % plan_.tiles * plan_.tile, kv, chunk, scratch_of(worker));
@@ -110,7 +110,7 @@ class dense_call {
     if (plan_.rows * plan_.chunks <= few_parts) {  // not worth waking anybody
       for (index_t place = 0; place < plan_.rows; ++place) finish(place, s, failed);
     } else {
-      ran = run_tasks(exec, plan_.rows, [&](index_t place, index_t worker) {
+      ran = run_tasks(exec, workers, plan_.rows, [&](index_t place, index_t worker) {
         dense_scratch<Head> own = scratch_of(worker);
         finish(place, own, failed);
       });

@@ -1,7 +1,10 @@
 // Executors that do not do what they must: a status, whatever the outputs hold.
+#include <atomic>
+#include <functional>
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <utility>
 
 #include "support/catch.hpp"
 #include "support/problem.hpp"
@@ -32,6 +35,35 @@ struct every_other {
   void for_each(index_t n, F&& f) const {
     for (index_t task = ith; task < n; task += 2) f(task, index_t{0});
   }
+};
+
+// Runs another task while one is under way, on the same worker.
+struct nested_executor {
+  std::function<void(index_t, index_t)> f;
+  [[nodiscard]] index_t workers() const noexcept { return 2; }
+  template <class F>
+  void for_each(index_t n, F&& g) {
+    f = [&g](index_t task, index_t worker) { g(task, worker); };
+    for (index_t task = 0; task < n; ++task) f(task, task % 2);
+  }
+  void again(index_t task, index_t worker) const { f(task, worker); }
+};
+
+// Has other workers when it runs than it said at first.
+struct fickle_executor {
+  index_t at_first, later;
+  bool asked = false;
+  [[nodiscard]] index_t workers() noexcept { return std::exchange(asked, true) ? later : at_first; }
+  template <class F>
+  void for_each(index_t n, F&& f) {
+    for (index_t task = 0; task < n; ++task) f(task, later - 1);
+  }
+};
+
+struct throwing_executor {
+  [[nodiscard]] index_t workers() const { throw std::runtime_error("no"); }
+  template <class F>
+  void for_each(index_t, F&&) {}
 };
 
 template <class Next>
@@ -84,11 +116,40 @@ TEST_CASE("an executor that leaves out, repeats or makes up tasks", "[faults]") 
                    if (task == 0) f(task, index_t{0});
                  }),
                  "the executor ran "));
+  CHECK(contains(why([](index_t task, index_t n, auto& f) { f(task + 1 < n ? task : 0, index_t{0}); }),
+                 ", but some twice and others never"));
   // Tasks and workers that there are not: neither runs, so nothing is written where it must not be.
   CHECK(contains(why([](index_t task, index_t n, auto& f) { f(task + n, index_t{0}); }), "ran 0 of "));
   CHECK(contains(why([](index_t task, index_t, auto& f) { f(-1 - task, index_t{0}); }), "ran 0 of "));
   CHECK(contains(why([](index_t task, index_t, auto& f) { f(task, index_t{2}); }), "with worker in [0, workers())"));
   CHECK(contains(why([](index_t task, index_t, auto& f) { f(task, index_t{-1}); }), "ran 0 of "));
+}
+
+TEST_CASE("an executor that gives a worker two tasks at a time", "[faults]") {
+  std::atomic<bool> first{true};
+  nested_executor exec;
+  const vattn::status s = vattn::run_tasks(exec, 2, 4, [&](index_t task, index_t worker) {
+    if (first.exchange(false)) exec.again(task + 1, worker);  // before this one ends
+  });
+  CHECK(s.code() == vattn::errc::executor_failed);
+  CHECK(contains(s.message(), "two tasks of one worker at the same time"));
+}
+
+TEST_CASE("an executor without workers, with other ones later, or that throws when asked", "[faults]") {
+  problem<float> p({.heads = 4, .kv_heads = 2, .n = 600, .dk = 8, .dv = 8});
+  results r(p.s);
+  vattn::workspace memory;
+  for (const fickle_executor& exec : {fickle_executor{0, 0}, fickle_executor{-3, -3}, fickle_executor{1, 9}}) {
+    fickle_executor e = exec;
+    CHECK(vattn::exact_attention(p.query(), p.cache(), p.options, r.view(), memory, e).code() ==
+          vattn::errc::executor_failed);
+    e = exec;
+    CHECK(vattn::vattention<>()(p.query(), p.cache(), p.options, r.view(), memory, {}, e).code() ==
+          vattn::errc::executor_failed);
+  }
+  throwing_executor t;
+  CHECK(vattn::exact_attention(p.query(), p.cache(), p.options, r.view(), memory, t).code() ==
+        vattn::errc::executor_failed);
 }
 
 TEST_CASE("an executor that says that it does a part of the tasks has to do that part", "[faults]") {

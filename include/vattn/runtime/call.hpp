@@ -203,7 +203,7 @@ template <class Q, kv_cache KV, executor E, class Attend>
                                     const scratch::sparse_sizes& sparse, Attend&& attend) noexcept {
   if (result.output.size() == 0) return {};
   const index_t n_queries = q.extents[1], n_heads = q.extents[2], dk = q.extents[3];
-  const index_t dv = cache.dv(), n_max = longest(cache), workers = exec.workers();
+  const index_t dv = cache.dv(), n_max = longest(cache), workers = workers_of(exec);
   const bool masked = options.mask || options.positions;
   const std::size_t bytes = call_bytes(n_max, dk, dv, masked, sparse, workers);
   if (status s = memory.reserve(bytes); !s) return s;
@@ -261,7 +261,7 @@ template <class Q, kv_cache KV, executor E, class Attend>
       if (one.c.exact()) one.s.chosen.all(one.tokens);
     }
   };
-  if (status st = run_tasks(exec, tasks, run); !st) return st;
+  if (status st = run_tasks(exec, workers, tasks, run); !st) return st;
   if (const index_t place = failed.load(); place >= 0) {
     if (lagging.load()) {
       return status::error(

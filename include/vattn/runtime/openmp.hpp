@@ -4,15 +4,19 @@
 #if defined(_OPENMP)
 #include <omp.h>
 
+#include <algorithm>
+
 #include "vattn/config.hpp"
 
 namespace vattn {
 
-/// `threads` of OpenMP's, by default as many as it would use. Tasks are handed out one by one.
+/// `threads` of OpenMP's, by default as many as it would use. Tasks are handed out one by one. Holds no state: callers
+/// may share it. Called from within a parallel region it runs on the calling thread, unless the program allows nested
+/// regions (omp_set_max_active_levels): then each caller gets a team of its own.
 class openmp_executor {
  public:
   openmp_executor() : openmp_executor(omp_get_max_threads()) {}
-  explicit openmp_executor(index_t threads) : threads_(threads < 1 ? 1 : static_cast<int>(threads)) {}
+  explicit openmp_executor(index_t threads) : threads_(static_cast<int>(std::clamp<index_t>(threads, 1, 1 << 20))) {}
   [[nodiscard]] index_t workers() const noexcept { return threads_; }
   template <class F>
   void for_each(index_t n, F&& f) {

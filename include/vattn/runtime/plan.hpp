@@ -134,7 +134,7 @@ requires(!std::integral<std::remove_cvref_t<E>>) status
     run(const attention_plan<Policy>& p, const run_arguments<Q, KV>& a, std::span<std::byte> memory, E&& exec,
         Observer&& observe = Observer{})
 noexcept {
-  if (status s = p.check(a, exec.workers()); !s) return s;
+  if (status s = p.check(a, workers_of(exec)); !s) return s;
   workspace slices(memory);
   return p.functor()(a.q, a.cache, a.options, a.result, slices, a.key, exec, observe);
 }

@@ -14,7 +14,8 @@ namespace vattn {
 
 /// Bytes for a call. Default-constructed it owns its memory and grows when a call needs more (so a call
 /// of no larger shape than an earlier one allocates nothing); over a caller's span it never allocates
-/// and a call that needs more returns `errc::workspace_too_small`. Not for concurrent calls.
+/// and a call that needs more returns `errc::workspace_too_small`. One call at a time: two that run at once, nested
+/// ones included, need a workspace each. That they share one is not found, and corrupts the results of both.
 class workspace {
  public:
   workspace() = default;
