@@ -23,7 +23,9 @@ void attend_in_two_phases(head_group<Head>& group, const config& settings, const
   scratch& s0 = group[0].s;
   const population all = group[0].tokens;
   const index_t n = all.size(), last = n - settings.window, fixed = settings.sinks + settings.window;
-  const auto most = static_cast<index_t>(s0.prior.size());
+  // Of this sequence's tokens: there is room for those of the longest.
+  const auto most = std::min(static_cast<index_t>(s0.prior.size()),
+                             static_cast<index_t>(std::ceil(settings.max_density * static_cast<double>(n))));
   sample::draw_numbers(s0.numbers, settings.sinks, last, group[0].stream);
 
   double share = widening * shape.pilot;

@@ -86,6 +86,7 @@ class vattention {
     const kernel::floating_point_scope standard;
     if (status s = settings_.validate(); !s) return s;
     if (status s = check_call(q, cache, options, result); !s) return s;
+    if (status s = key.check(q.extents[0], q.extents[2]); !s) return s;
     vattention each = *this;
     if (settings_.joint)
       each.settings_.delta /= static_cast<double>(

@@ -205,6 +205,7 @@ template <class Q, kv_cache KV, executor E, class Attend>
   const index_t n_queries = q.extents[1], n_heads = q.extents[2], dk = q.extents[3];
   const index_t dv = cache.dv(), n_max = longest(cache), workers = workers_of(exec);
   const bool masked = options.mask || options.positions;
+  if (status s = key.check(q.extents[0], n_heads); !s) return s;
   const std::size_t bytes = call_bytes(n_max, dk, dv, masked, sparse, workers);
   if (status s = memory.reserve(bytes); !s) return s;
 
@@ -231,8 +232,7 @@ template <class Q, kv_cache KV, executor E, class Attend>
       s.chosen.clear();
       const query_row<head_type> row = make_row(q, head, options, b, t, h, b * cache.n_kv_heads() + kv, s.query);
       const population tokens = visible_tokens(row, n, n_queries, t, options, sparse, s);
-      const random_stream stream({key.seed, key.layer, key.step + static_cast<std::uint32_t>(t)},
-                                 static_cast<std::uint32_t>(b * n_heads + h));
+      const random_stream stream(key.at(b, t), key.first_head + static_cast<std::uint32_t>(h));
       head_task<head_type> one{.row = row, .tokens = tokens, .stream = stream, .s = s};
       one.state = softmax_state(s.state);
       one.c.n = tokens.size();

@@ -1,10 +1,12 @@
 // Counter-based randomness: a draw is a pure function of (seed, layer, head, step, number of the draw),
-// so results do not depend on threads, order or history.
+// so results do not depend on threads, order or history, nor on what else a batch holds.
 #pragma once
 
 #include <array>
+#include <span>
 
 #include "vattn/config.hpp"
+#include "vattn/status.hpp"
 
 namespace vattn {
 
@@ -23,16 +25,62 @@ namespace vattn {
   return counter;
 }
 
-/// Names a call's randomness. Use a fresh `step` for every decoded token: errors of different steps
-/// are independent only if their draws are.
-struct draw_key {
+/// Names the randomness of one sequence of a batch: a request's own seed, or a number that no other request has, and
+/// its own count of decoded tokens.
+struct sequence_key {
   std::uint64_t seed = 0;
-  std::uint32_t layer = 0;
   std::uint32_t step = 0;
 };
 
-/// The stream of one (key, stream) pair; `stream` numbers (batch, query, head). Copyable; a copy
+/// Names a call's randomness. Use a fresh `step` for every decoded token: errors of different steps
+/// are independent only if their draws are. Query t of several draws as the one query of step + t does, so that a
+/// token that is checked with others gets what it would get alone.
+///
+/// A sequence's place in the batch is no part of it, nor are its neighbours: sequence b draws by sequences[b], and
+/// its output, certificate and decision are, bit for bit, those of a call for it alone, with that seed and step.
+/// Without `sequences` all draw by `seed` and `step`: each keeps its promise, but their errors are not independent, and
+/// equal sequences get equal outputs.
+struct draw_key {
+  std::uint64_t seed = 0;
+  std::uint32_t layer = 0;  ///< below 2^24
+  std::uint32_t step = 0;
+  std::span<const sequence_key> sequences{};  ///< [n_batch], in place of `seed` and `step`; or empty
+  std::uint32_t first_head = 0;  ///< in the model, of the call's first query head: for shards of a model's heads
+
+  /// Of query t of sequence b.
+  [[nodiscard]] constexpr draw_key at(index_t b, index_t t) const noexcept {
+    const sequence_key one = sequences.empty() ? sequence_key{seed, step} : sequences[static_cast<std::size_t>(b)];
+    return {.seed = one.seed, .layer = layer, .step = one.step + static_cast<std::uint32_t>(t)};
+  }
+
+  /// For a call of n_batch sequences and n_heads query heads.
+  [[nodiscard]] status check(index_t n_batch, index_t n_heads) const noexcept {
+    if (!sequences.empty() && static_cast<index_t>(sequences.size()) != n_batch) {
+      return status::error(errc::invalid_argument,
+                           "the draw key has keys of %zu sequences, q has n_batch %lld: give one for each, or none",
+                           sequences.size(), static_cast<long long>(n_batch));
+    }
+    if (layer >> 24 != 0) {
+      return status::error(errc::invalid_argument, "the draw key's layer is %lu: layers end at 2^24",
+                           static_cast<unsigned long>(layer));
+    }
+    if (n_heads + index_t{first_head} > index_t{1} << 16) {
+      return status::error(errc::invalid_argument,
+                           "query heads %lld to %lld of the model: heads whose draws are named end at 2^16",
+                           static_cast<long long>(first_head), static_cast<long long>(first_head + n_heads - 1));
+    }
+    return {};
+  }
+};
+
+/// The stream of one (key, stream) pair; `stream` is the query head in the model. Copyable; a copy
 /// repeats the same numbers.
+///
+/// No two streams share a block of numbers, because each name has bits of its own: Philox's key is the seed, and its
+/// counter is, in words of 32 bits,
+///   number of the block | step | purpose << 16, query head | layer
+/// Layers from 2^24 on, with a token or a row in place of the head, are the library's own: orders, rotations,
+/// codebooks.
 class random_stream {
  public:
   constexpr random_stream() = default;
@@ -40,11 +88,11 @@ class random_stream {
       : key_{static_cast<std::uint32_t>(key.seed), static_cast<std::uint32_t>(key.seed >> 32)},
         counter_{0, key.step, stream, key.layer} {}
 
-  /// A stream of its own for another purpose of the same query: the counter's top half of the layer word.
+  /// The query's stream for another purpose, from its beginning; `purpose` below 2^16, 0 is that of a stream itself.
   [[nodiscard]] constexpr random_stream fork(std::uint32_t purpose) const noexcept {
     random_stream other = *this;
     other.counter_[0] = 0;
-    other.counter_[3] ^= purpose << 16;
+    other.counter_[2] = (counter_[2] & 0xFFFF) | purpose << 16;
     other.used_ = 4;
     return other;
   }

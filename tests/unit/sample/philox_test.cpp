@@ -64,6 +64,29 @@ TEST_CASE("seed, layer, step and stream each name another stream", "[sample][phi
   CHECK_FALSE(note({}, 1));
 }
 
+TEST_CASE("every part of a draw's name has bits of its own", "[sample][philox]") {
+  // Known answers: what a call draws with is block | step | purpose, head | layer under the seed, and changes with none
+  // of n_batch, the slot, or the other sequences.
+  const std::array<vattn::sequence_key, 2> sequences{{{0x299f31d0a4093822u, 5}, {77, 900}}};
+  const draw_key call{.seed = 1, .layer = 0xABCDEF, .step = 2, .sequences = sequences};
+  const auto check = [](random_stream s, std::array<std::uint32_t, 4> counter, std::array<std::uint32_t, 2> key) {
+    for (int block = 0; block < 2; ++block, ++counter[0])
+      for (const std::uint32_t word : vattn::philox4x32(counter, key)) CHECK(s.next() == word);
+  };
+  const random_stream first(call.at(0, 3), 0xFFFF), second(call.at(1, 0), 7);
+  check(first, {0, 8, 0xFFFF, 0xABCDEF}, {0xa4093822u, 0x299f31d0u});
+  check(second, {0, 900, 7, 0xABCDEF}, {77, 0});
+  check(second.fork(0xFFFF), {0, 900, 0xFFFF0007, 0xABCDEF}, {77, 0});
+  check(second.fork(3).fork(1), {0, 900, 0x10007, 0xABCDEF}, {77, 0});
+  random_stream used = second;
+  for (int i = 0; i < 7; ++i) static_cast<void>(used.next());
+  check(used.fork(1), {0, 900, 0x10007, 0xABCDEF}, {77, 0});
+  check(random_stream(draw_key{.seed = 1, .layer = 4, .step = 0xFFFFFFFF}.at(6, 1), 0), {0, 0, 0, 4}, {1, 0});
+  random_stream pinned(call.at(0, 3), 2);
+  CHECK(pinned.next() == 0x3d042cce);
+  CHECK(pinned.fork(1).next() == 0x83c43652);
+}
+
 TEST_CASE("below() is uniform and stays below", "[sample][philox]") {
   random_stream s(draw_key{.seed = 9}, 0);
   CHECK(s.below(1) == 0);
