@@ -86,6 +86,15 @@ template <class Selector, kv_head Head>
   if (!accumulate_exact(
           row, fixed, [&](index_t j) { return tokens[j < settings.sinks ? j : n - fixed + j]; }, exact, part, true))
     return false;
+  // Rows that are read anyway check the bounds, of which no honest one is exceeded.
+  const auto exceeded = [&](index_t place, float logit) {
+    return logit > scores[at(place)] + 1e-4f * (1 + std::abs(logit));
+  };
+  for (index_t j = 0; j < fixed; ++j) {
+    const index_t place = j < settings.sinks ? j : n - fixed + j;
+    c.breaches += exceeded(place, row.logit(tokens[place]));
+  }
+  if (c.breaches > 0) return attend_exactly(row, tokens, s, task.state, c);
   const double centre_norm = static_cast<double>(kernel::const_float_map(s.value_centre.data(), width).norm());
 
   // Draws {u < π(share)} and sums it. Leaves ô in s.centre, the estimate in task.state.
@@ -101,7 +110,7 @@ template <class Selector, kv_head Head>
       }
       const float logit = row.logit(tokens[j]);
       e.finite = e.finite && std::isfinite(logit);
-      c.breaches += logit > scores[at(j)] + 1e-4f * (1 + std::abs(logit));
+      c.breaches += exceeded(j, logit);
       s.weighted[at(e.rows++)] = {static_cast<ordinal>(j), logit, static_cast<float>(p), 0};
     }
     const std::span<weighted_row> rows = s.weighted.first(at(e.rows));
@@ -211,6 +220,8 @@ template <class Selector, kv_head Head>
     e.finite = accumulate_exact(
         row, k, [&](index_t j) { return tokens[order.top()[at(j)]]; }, task.state, part, true);
     if (!e.finite) return false;
+    for (const ordinal place : order.top().first(at(k))) c.breaches += exceeded(place, row.logit(tokens[place]));
+    if (c.breaches > 0) return false;
     e.reference = static_cast<double>(task.state.max_logit()), e.denominator = task.state.denominator();
     e.power = task.state.power();
     static_cast<void>(task.state.finish(s.centre));
@@ -279,6 +290,7 @@ template <class Selector, kv_head Head>
           std::min({std::max<index_t>(256, static_cast<index_t>(expected)), order.size(), most - fixed});
       for (index_t k = 64; k <= limit; k *= 2) {
         if (negligible(e, tail(k), 0.9 * error) && settle(k)) return true;
+        if (c.breaches > 0) return attend_exactly(row, tokens, s, task.state, c);
       }
     }
     if (static_cast<double>(fixed) + expected > static_cast<double>(most)) break;

@@ -12,6 +12,7 @@
 #include "vattn/exact_attention.hpp"
 #include "vattn/runtime/call.hpp"
 #include "vattn/sample/importance.hpp"
+#include "vattn/select/score_check.hpp"
 #include "vattn/select/selector.hpp"
 
 namespace vattn {
@@ -51,7 +52,8 @@ struct importance_head {
   softmax_state exact;
   double share = 0, floor = 0, offset = 0;                          // c, λ and K that are wanted,
   double entered_share = 0, entered_floor = 0, entered_offset = 0;  // and that the sample has
-  index_t breaches = 0, scoring_rows = 0;
+  select::score_check check;
+  index_t scoring_rows = 0;
   bool done = false;
   bool unusable = false;  // its scores or errors are not finite
 
@@ -99,8 +101,17 @@ struct importance_head {
     exact = softmax_state(s.offset);
     softmax_state part(s.part);
     add_sink(exact, task.row.sink_logit);
-    return accumulate_exact(
-        task.row, fixed, [&](index_t j) { return tokens[j < settings.sinks ? j : n - fixed + j]; }, exact, part, true);
+    const auto place = [&](index_t j) { return j < settings.sinks ? j : n - fixed + j; };
+    if (!accumulate_exact(
+            task.row, fixed, [&](index_t j) { return tokens[place(j)]; }, exact, part, true))
+      return false;
+    // Rows that are read anyway check what the scores say of themselves. These are read whatever their scores: the
+    // newest are among them, which an index lags behind in.
+    for (index_t j = 0; j < fixed; ++j) {
+      const auto at = static_cast<std::size_t>(place(j));
+      check.estimate(task.row.logit(tokens[place(j)]), scores[at], errors[at], false);
+    }
+    return true;
   }
 
   /// Looks at the sample of `count` rows: done, or how much more is wanted. False: see head_task::ok.
@@ -238,8 +249,7 @@ void sample_by_importance(head_group<Head>& group, const config& settings, const
         const float logit = task.row.logit(tokens[i]);
         task.ok = std::isfinite(logit);
         const auto at = static_cast<std::size_t>(i);
-        // Rows are read anyway: they check what the scores say of themselves.
-        head.breaches += std::abs(logit - task.s.scores[at]) > 4 * task.s.errors[at] + 1e-3f * (1 + std::abs(logit));
+        head.check.estimate(logit, task.s.scores[at], task.s.errors[at], true);
         task.s.weighted[static_cast<std::size_t>(count)] = {static_cast<ordinal>(i), logit, 1, 0};
       }
       ++count;
@@ -250,9 +260,8 @@ void sample_by_importance(head_group<Head>& group, const config& settings, const
     bool left = false;
     each([&](auto& head, auto& task) {
       task.c.rounds = round;
-      task.c.breaches = head.breaches;
-      // Of honest scores one in 16000 is off by 4σ. More than that: they do not know their own error.
-      if (head.unusable || head.breaches > 2 + count / 100) return;
+      task.c.breaches = head.check.breaches();
+      if (head.unusable || !head.check.believed()) return;
       task.ok = head.look(task, count, settings, shape, frame, entered);
       // A head that asks for nothing more will see nothing else.
       left |= task.ok && !head.done &&

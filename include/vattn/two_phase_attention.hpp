@@ -121,15 +121,19 @@ void attend_in_two_phases(head_group<Head>& group, const config& settings, const
       if (!from.ok || from.c.promise == guarantee::none) continue;
       // The rows that were read check the coarse scores as they do the fine ones.
       const index_t rows = from.c.rows_exact - fixed + from.c.budget;
-      index_t breaches = 0;
-      for (index_t r = 0; r < rows; ++r) {
-        const weighted_row& row = from.s.weighted[static_cast<std::size_t>(r)];
-        const auto at = static_cast<std::size_t>(row.place);
-        breaches += std::abs(row.logit - from.s.coarse_scores[at]) >
-                    4 * from.s.coarse_errors[at] + 1e-3f * (1 + std::abs(row.logit));
+      select::score_check check;
+      const auto compare = [&](index_t place, float logit, bool chosen) {
+        const auto at = static_cast<std::size_t>(place);
+        check.estimate(logit, from.s.coarse_scores[at], from.s.coarse_errors[at], chosen);
+      };
+      for (index_t j = 0; j < fixed; ++j) {
+        const index_t place = j < settings.sinks ? j : kept - fixed + j;
+        compare(place, from.row.logit(candidates[place]), false);
       }
-      to.c.breaches += breaches;
-      ended[g] = breaches <= 2 + rows / 100;
+      for (const weighted_row& row : from.s.weighted.first(static_cast<std::size_t>(rows)))
+        compare(row.place, row.logit, true);
+      to.c.breaches += check.breaches();
+      ended[g] = check.believed();
       if (!ended[g]) attempt = 4;  // what the coarse scores say of their errors is not true: no more of them
     }
   }

@@ -9,6 +9,7 @@
 #include "vattn/exact_attention.hpp"
 #include "vattn/importance_attention.hpp"
 #include "vattn/policy.hpp"
+#include "vattn/select/score_check.hpp"
 #include "vattn/store_attention.hpp"
 #include "vattn/two_phase_attention.hpp"
 
@@ -201,6 +202,15 @@ class vattention {
           state, part, true);
     };
     finite = finite && read_heavy();
+    select::score_check certain_rows;
+    index_t compared = 0;
+    const auto compare_certain = [&](index_t place, bool chosen) {
+      const auto at = static_cast<std::size_t>(place);
+      compare(certain_rows, row.logit(tokens[place]), scores, s.scores[at], chosen);
+    };
+    // An index may be of other keys; scores that were made from the keys themselves are not.
+    const bool from_index = has_index && scores.kind != score_kind::ranking;
+    for (index_t j = 0; from_index && j < fixed; ++j) compare_certain(j < settings_.sinks ? j : n - fixed + j, false);
 
     // Sampled part: deviations from the exact part's output, so that shared means cancel.
     state.finish(s.centre);
@@ -214,10 +224,13 @@ class vattention {
       finite = sample.grow(want.sampled);
       const estimate now = make_estimate(state, moments, sample.population_size(), s.offset);
       if (!finite || !now.finite) return false;
-      // Scores that are to bound logits, and do not: nothing may rest on them. Of upper_scores that are honest 3 in
-      // 1000 are too low.
-      c.breaches = breaches(sample.rows(), scores, s.scores);
-      if (c.breaches > 2 + sample.count() / 20) return attend_exactly(row, tokens, s, state, c);
+      // Scores that are to bound logits, and do not: nothing may rest on them.
+      for (; from_index && compared < order.count(); ++compared)
+        compare_certain(order.top()[static_cast<std::size_t>(compared)], true);
+      select::score_check check = certain_rows;
+      for (const drawn_row& r : sample.rows()) compare(check, r.logit, scores, s.scores[r.place], true);
+      c.breaches = check.breaches();
+      if (!check.believed()) return attend_exactly(row, tokens, s, state, c);
 
       const look seen{now,
                       moments,
@@ -263,18 +276,18 @@ class vattention {
     return false;
   }
 
-  // Sampled rows whose logit is above what their score says at most. A contribution is at least the logit plus
-  // log(offset/unit).
-  [[nodiscard]] static index_t breaches(std::span<const drawn_row> rows, const score_result& said,
-                                        std::span<const float> scores) noexcept {
-    if (said.kind == score_kind::ranking) return 0;
+  // Compares a logit that was read with what the score of its place says it is at most. A contribution is at least the
+  // logit plus log(offset/unit).
+  static void compare(select::score_check& check, float logit, const score_result& said, float score,
+                      bool chosen) noexcept {
+    if (said.kind == score_kind::ranking) return;
     const float least =
         said.kind == score_kind::contribution ? std::log(said.value_offset / said.contribution_unit) : 0.0f;
-    index_t count = 0;
-    for (const drawn_row& r : rows) count += r.logit + least > scores[r.place] + 1e-3f * (1 + std::abs(r.logit));
-    return count;
+    check.bound(logit, score - least, upper_bounds ? 1e-12 : 3e-3, chosen);  // upper_scores: 2.75 standard errors
   }
 
+  static constexpr bool upper_bounds = requires { requires selector::upper_bounds; };
+  static constexpr bool has_index = requires(const selector& s) { s.heads; };
   static constexpr bool shares_sample = group_sampler<sampler>;
   static constexpr bool from_store = samples_a_store<sampler>;
   static constexpr bool two_phases = phased_sampler<sampler>;

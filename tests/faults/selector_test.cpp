@@ -200,11 +200,11 @@ TEST_CASE("an index of nonsense: importance sampling and certificates rest on no
   };
   const problem<float> p = haystack();
   vattn::sketch::key_codes<8> honest(16);
-  honest.append_from(p.cache().head(0, 0));
+  vattn::append_from(honest, p.cache().head(0, 0));
   const auto check = [&](fault f) {
     CAPTURE(int(f));
     faulty_index index(f);
-    index.append_from(p.cache().head(0, 0));
+    vattn::append_from(index, p.cache().head(0, 0));
     const std::span<const faulty_index> heads(&index, 1);
     check_promise(vattn::vattention<by_importance>(settings, {heads}), p);
     check_promise(vattn::vattention<vattn::certified_policy<faulty_index>>(settings, {heads}), p);
@@ -221,7 +221,7 @@ TEST_CASE("an index that lags, or is not there, is named", "[faults]") {
   };
   const problem<float> p = haystack();
   vattn::sketch::key_codes<4> index(16);
-  index.append_from(p.cache().head(0, 0));
+  vattn::append_from(index, p.cache().head(0, 0));
   index.truncate(n - 1);
   results r(p.s);
   vattn::workspace memory;

@@ -135,6 +135,7 @@ template <archivable T>
   }
   T fresh = state;
   fresh.archive(a);
+  if constexpr (requires { fresh.recent(); }) fresh.recent() = {};  // it is not of these keys
   if (!a.ok() || !a.at_end() || !fresh.valid()) {
     return status::error(errc::invalid_argument, "the saved index is damaged or cut short: build it again");
   }

@@ -266,8 +266,10 @@ template <class Q, kv_cache KV, executor E, class Attend>
     if (lagging.load()) {
       return status::error(
           errc::invalid_argument,
-          "the selector's index has no state for a KV head or lacks its latest tokens: give one index of the "
-          "cache's head size for each of batch x KV heads, and append the new keys before the call");
+          "the selector's index has no state for a KV head, lacks its latest tokens or has more than there are: give "
+          "one "
+          "index of the cache's head size for each of batch x KV heads, append the new keys before the call, and "
+          "truncate it with the cache");
     }
     return non_finite_error(place, n_queries, n_heads);
   }

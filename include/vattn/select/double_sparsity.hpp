@@ -12,6 +12,7 @@
 #include "vattn/kernel/floating_point.hpp"
 #include "vattn/kernel/row.hpp"
 #include "vattn/runtime/room.hpp"
+#include "vattn/sketch/recent_keys.hpp"
 
 namespace vattn::select {
 
@@ -61,6 +62,7 @@ class double_sparsity {
   [[nodiscard]] index_t size() const noexcept { return static_cast<index_t>(scale_.size()); }
   /// Of the keys; 0 before the first.
   [[nodiscard]] index_t dim() const noexcept { return static_cast<index_t>(dim_); }
+  [[nodiscard]] recent_keys& recent() noexcept { return recent_; }
   [[nodiscard]] const std::vector<ordinal>& channels() const noexcept { return channels_; }
   [[nodiscard]] std::size_t bytes() const noexcept {
     return labels_.size() + (scale_.size() + zero_.size()) * sizeof(float);
@@ -82,6 +84,7 @@ class double_sparsity {
       std::erase_if(channels_, [&](ordinal c) { return c >= dim_; });
     }
     load(key, key_.data());
+    recent_.add(size(), std::span<const float>(key_).first(dim_));
     float low = 0, high = 0;
     bool finite = true;
     for (std::size_t c = 0; c < channels_.size(); ++c) {
@@ -145,6 +148,7 @@ class double_sparsity {
   std::vector<ordinal> channels_;
   std::vector<std::uint8_t> labels_;  // [n, channels/2]
   std::vector<float> scale_, zero_, key_;
+  recent_keys recent_;
 };
 
 }  // namespace vattn::select

@@ -12,6 +12,7 @@
 #include "vattn/kernel/floating_point.hpp"
 #include "vattn/kernel/row_size.hpp"
 #include "vattn/sketch/hyperplanes.hpp"
+#include "vattn/sketch/recent_keys.hpp"
 #include "vattn/status.hpp"
 
 namespace vattn::select {
@@ -170,6 +171,7 @@ class hash_attention {
   }
 
   [[nodiscard]] index_t dim() const noexcept { return map_.dim(); }
+  [[nodiscard]] recent_keys& recent() noexcept { return recent_; }
 
   /// A key that is not of dim() elements is not taken: calls then say that the index lags.
   template <kernel::row R>
@@ -178,6 +180,7 @@ class hash_attention {
     if (!kernel::has_size(key, dim())) return;
     const kernel::floating_point_scope standard;
     load(key, key_.data());
+    recent_.add(size(), key_);
     map_.key(key_.data(), buffer_.data(), buffer_.data() + map_.bits());
     signatures_.push_back(signs(buffer_.data()));
   }
@@ -217,6 +220,7 @@ class hash_attention {
   Map map_;
   std::vector<float> key_, buffer_;
   std::vector<std::uint64_t> signatures_;
+  recent_keys recent_;
 };
 
 }  // namespace vattn::select

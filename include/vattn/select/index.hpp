@@ -22,6 +22,7 @@ namespace vattn {
 ///   estimates                     the scores estimate the logits before cap, mask and position bias
 ///   bound_over_error()            if estimates: no error exceeds this times its scale; inf if not known
 ///   upper_bounds                  optional, true if no logit (before cap, mask and bias) exceeds its score
+///   recent()                      optional, recent_keys&: append_from then finds keys that were overwritten
 /// and, to be saved with the cache, archive(), format() and valid() of vattn/runtime/archive.hpp.
 template <class I>
 concept key_index = requires(I& i, const I& c, std::span<const float> key, index_t n, std::span<float> out) {
@@ -56,17 +57,26 @@ inline constexpr bool scores_may_be_exceeded = [] {
 }();
 
 /// Brings an index up to its head: call it after the engine has written keys. Returns the tokens appended.
+///
+/// What the head no longer holds is forgotten first: tokens past its end, and, by an index that keeps fingerprints of
+/// its newest keys (recent_keys), tokens from the first one on whose key is another now. So drafts that were rejected
+/// and overwritten are mended exactly, if no more than recent_keys::kept keys were appended since; where the oldest key
+/// that is known is another too, as of a new sequence in the same cells, the index is made anew. Older keys that were
+/// overwritten are not seen: truncate the index to the first of them.
 template <key_index I, kv_head Head>
 index_t append_from(I& index, const Head& head) {
-  const index_t before = index.size();
-  for (index_t token = before; token < head.size(); ++token) index.append(head.key(token));
-  return head.size() - before;
+  index_t kept = std::min<index_t>(index.size(), head.size());
+  if constexpr (requires { index.recent(); }) kept = index.recent().unchanged(kept, head);
+  if (kept < index.size()) index.truncate(kept);
+  for (index_t token = kept; token < head.size(); ++token) index.append(head.key(token));
+  return head.size() - kept;
 }
 
 namespace select {
 
 /// A selector over indices, `heads[batch·n_kv_heads + head]`, one for each KV head of the cache that it is
-/// used with. They must hold every token that a query sees; `score` says not ok where one does not.
+/// used with. They must hold the tokens of their head and no others; `score` says not ok where one holds fewer than a
+/// query sees, or more than there are.
 template <key_index Index>
 struct indexed {
   static constexpr bool estimates = Index::estimates;
@@ -85,6 +95,8 @@ struct indexed {
     const index_t n = tokens.size();
     if (row.kv_head >= static_cast<index_t>(heads.size())) return {.ok = false, .lagging = true};
     const Index& index = heads[static_cast<std::size_t>(row.kv_head)];
+    // Longer: of a cache that was cut, whose rows may be others by now.
+    if (index.size() > row.head.size()) return {.ok = false, .lagging = true};
     if (n == 0) return {};
     if constexpr (requires { index.dim(); }) {  // another layer's or model's
       if (index.dim() != row.head.dk()) return {.ok = false, .lagging = true};

@@ -44,6 +44,7 @@ class magic_pig {
   [[nodiscard]] index_t L() const noexcept { return hash_.tables(); }
 
   [[nodiscard]] index_t dim() const noexcept { return hash_.dim(); }
+  [[nodiscard]] recent_keys& recent() noexcept { return hash_.recent(); }
 
   /// A key that is not of dim() elements is not taken: calls then say that the index lags.
   template <kernel::row R>

@@ -12,6 +12,7 @@
 #include "vattn/kernel/row.hpp"
 #include "vattn/kernel/row_size.hpp"
 #include "vattn/runtime/room.hpp"
+#include "vattn/sketch/recent_keys.hpp"
 
 namespace vattn::select {
 
@@ -36,6 +37,7 @@ class quest {
 
   [[nodiscard]] index_t size() const noexcept { return static_cast<index_t>(size_); }
   [[nodiscard]] index_t dim() const noexcept { return static_cast<index_t>(dim_); }
+  [[nodiscard]] recent_keys& recent() noexcept { return recent_; }
   [[nodiscard]] index_t page_size() const noexcept { return static_cast<index_t>(page_); }
   [[nodiscard]] std::size_t bytes() const noexcept { return (extremes_.size() + last_.size()) * sizeof(float); }
   [[nodiscard]] std::size_t scratch_size() const noexcept { return 0; }
@@ -57,10 +59,12 @@ class quest {
     }
     if (last_.size() != in_page * dim_) {  // cut by a truncation: the page's keys are gone, its extremes are not
       load(key, buffer_.data());
+      recent_.add(size(), buffer_);
       widen(buffer_.data());
     } else {
       last_.resize((in_page + 1) * dim_);
       load(key, last_.data() + in_page * dim_);
+      recent_.add(size(), std::span<const float>(last_).subspan(in_page * dim_));
       widen(last_.data() + in_page * dim_);
     }
     ++size_;
@@ -136,6 +140,7 @@ class quest {
   std::vector<float> extremes_;  // [pages, 2, dim]
   std::vector<float> last_;      // [tokens of the last page, dim], or empty: they are not kept
   std::vector<float> buffer_;
+  recent_keys recent_;
 };
 
 }  // namespace vattn::select

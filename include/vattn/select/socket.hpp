@@ -30,6 +30,7 @@ class socket {
   [[nodiscard]] std::size_t bytes() const noexcept { return hash_.bytes(); }
 
   [[nodiscard]] index_t dim() const noexcept { return hash_.dim(); }
+  [[nodiscard]] recent_keys& recent() noexcept { return hash_.recent(); }
 
   /// A key that is not of dim() elements is not taken: calls then say that the index lags.
   template <kernel::row R>

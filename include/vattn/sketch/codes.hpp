@@ -14,6 +14,7 @@
 #include "vattn/kernel/row_size.hpp"
 #include "vattn/kernel/units.hpp"
 #include "vattn/runtime/room.hpp"
+#include "vattn/sketch/recent_keys.hpp"
 #include "vattn/sketch/rotation.hpp"
 
 namespace vattn::sketch {
@@ -59,6 +60,7 @@ class key_codes {
 
   [[nodiscard]] index_t size() const noexcept { return static_cast<index_t>(scale_.size()); }
   [[nodiscard]] index_t dim() const noexcept { return static_cast<index_t>(rotation_.dim()); }
+  [[nodiscard]] recent_keys& recent() noexcept { return recent_; }
   [[nodiscard]] std::size_t width() const noexcept { return rotation_.width(); }
   /// Codes, scales, residual norms and epoch means, a token.
   [[nodiscard]] std::size_t bytes() const noexcept {
@@ -83,18 +85,12 @@ class key_codes {
       if (token >= forgetting) fade(0.5);
     }
     load(key, buffer_.data());
+    recent_.add(token, std::span<const float>(buffer_).first(rotation_.dim()));
     rotation_.apply(buffer_);
     const float* mean = means_.data() + means_.size() - width();
     for (std::size_t j = 0; j < width(); ++j) buffer_[j] -= mean[j];
     encode();
     accumulate(token, 1.0f);
-  }
-
-  /// Adds the tokens of `head` that are not yet in: call it after the engine has written them.
-  template <class Head>
-  void append_from(const Head& head) {
-    codes_.reserve(static_cast<std::size_t>(head.size()) * row_bytes_);
-    for (index_t token = size(); token < head.size(); ++token) append(head.key(token));
   }
 
   /// Forgets the tokens from n on. O(tokens forgotten).
@@ -312,6 +308,7 @@ class key_codes {
   double weight_ = 0;        // of its terms
   std::vector<std::uint8_t> codes_;
   std::vector<float> scale_, residual_, means_;
+  recent_keys recent_;
 };
 
 }  // namespace vattn::sketch

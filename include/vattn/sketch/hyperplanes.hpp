@@ -12,6 +12,7 @@
 #include "vattn/kernel/units.hpp"
 #include "vattn/runtime/room.hpp"
 #include "vattn/sample/philox.hpp"
+#include "vattn/sketch/recent_keys.hpp"
 
 namespace vattn::sketch {
 
@@ -67,6 +68,7 @@ class hash_tables {
   [[nodiscard]] index_t tables() const noexcept { return tables_; }
   [[nodiscard]] index_t dim() const noexcept { return planes_.dim(); }
   [[nodiscard]] std::size_t bytes() const noexcept { return buckets_.size() * sizeof(std::uint16_t); }
+  [[nodiscard]] recent_keys& recent() noexcept { return recent_; }
   /// Projections of a query on all hyperplanes.
   [[nodiscard]] std::size_t projections() const noexcept { return static_cast<std::size_t>(planes_.count()); }
   [[nodiscard]] const std::vector<float>& centre() const noexcept { return centre_; }
@@ -80,6 +82,7 @@ class hash_tables {
     const kernel::floating_point_scope standard;
     vattn::detail::make_room(buckets_, static_cast<std::size_t>(tables_));
     load(key, key_.data());
+    recent_.add(size(), key_);
     for (std::size_t j = 0; j < key_.size(); ++j) key_[j] -= centre_[j];
     planes_.project(key_.data(), projected_.data());
     for (index_t l = 0; l < tables_; ++l) buckets_.push_back(static_cast<std::uint16_t>(bucket(projected_.data(), l)));
@@ -129,6 +132,7 @@ class hash_tables {
   hyperplanes planes_;
   std::vector<float> centre_, key_, projected_;
   std::vector<std::uint16_t> buckets_;  // [n, tables]
+  recent_keys recent_;
 };
 
 }  // namespace vattn::sketch

@@ -14,6 +14,7 @@
 #include "vattn/runtime/room.hpp"
 #include "vattn/sketch/codebook.hpp"
 #include "vattn/sketch/principal_axes.hpp"
+#include "vattn/sketch/recent_keys.hpp"
 
 namespace vattn::sketch {
 
@@ -49,6 +50,7 @@ class learned_codes {
 
   [[nodiscard]] index_t size() const noexcept { return size_; }
   [[nodiscard]] index_t dim() const noexcept { return dim_; }
+  [[nodiscard]] recent_keys& recent() noexcept { return recent_; }
   [[nodiscard]] index_t groups() const noexcept { return groups_; }
   [[nodiscard]] bool trained() const noexcept { return trained_ != 0; }
   /// Of the tokens, and of what was learned.
@@ -66,6 +68,7 @@ class learned_codes {
     if (!kernel::has_size(key, dim_)) return;
     const kernel::floating_point_scope standard;
     load(key, point_.data());
+    recent_.add(size_, point_);
     if (!trained() && size_ + 1 == how_.train_size) {
       learned_codes next = *this;  // aside, so that memory that runs out while it learns changes nothing
       next.waiting_.insert(next.waiting_.end(), point_.begin(), point_.end());
@@ -309,6 +312,7 @@ class learned_codes {
   std::vector<std::uint8_t> codes_;  // [size, code bytes]
   std::vector<float> residual_;      // ρ, [size]
   std::vector<float> point_, moved_;
+  recent_keys recent_;
 };
 
 }  // namespace vattn::sketch

@@ -86,8 +86,8 @@ TEST_CASE("no policy allocates", "[runtime][allocation]") {
 
   using codes = sketch::key_codes<4>;
   std::vector<codes> fine(1, codes(32, 1)), coarse(1, codes(32, 2));
-  fine[0].append_from(p.cache().head(0, 0));
-  coarse[0].append_from(p.cache().head(0, 0));
+  append_from(fine[0], p.cache().head(0, 0));
+  append_from(coarse[0], p.cache().head(0, 0));
   check_policy<policy<select::indexed<codes>, sample::by_importance>>(p, {.heads = fine});
   check_policy<policy<select::indexed<codes>, sample::by_group_importance>>(p, {.heads = fine});
   certified_policy<codes>::selector bounds;
