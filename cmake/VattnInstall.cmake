@@ -15,8 +15,19 @@ configure_package_config_file(
 # Before 1.0 a minor version may break; headers have no architecture.
 write_basic_package_version_file("${PROJECT_BINARY_DIR}/vattnConfigVersion.cmake" COMPATIBILITY SameMinorVersion
                                  ARCH_INDEPENDENT)
-# Relative to the file itself, so that an installed tree may be moved.
-file(RELATIVE_PATH pkgconfig_to_prefix "/prefix/${pkgconfig_dir}" "/prefix")
+# Relative to the file itself, so that an installed tree may be moved; but a directory that was given as an absolute path
+# (as distributions with a prefix for each output do) is meant as it stands.
+if(IS_ABSOLUTE "${pkgconfig_dir}")
+  set(pc_prefix "${CMAKE_INSTALL_PREFIX}")
+else()
+  file(RELATIVE_PATH pkgconfig_to_prefix "/prefix/${pkgconfig_dir}" "/prefix")
+  set(pc_prefix "\${pcfiledir}/${pkgconfig_to_prefix}")
+endif()
+if(IS_ABSOLUTE "${CMAKE_INSTALL_INCLUDEDIR}")
+  set(pc_includedir "${CMAKE_INSTALL_INCLUDEDIR}")
+else()
+  set(pc_includedir "\${prefix}/${CMAKE_INSTALL_INCLUDEDIR}")
+endif()
 configure_file("${CMAKE_CURRENT_LIST_DIR}/vattn.pc.in" "${PROJECT_BINARY_DIR}/vattn.pc" @ONLY)
 
 install(DIRECTORY "${PROJECT_SOURCE_DIR}/include/vattn" DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}"
