@@ -6,6 +6,8 @@
 #include <limits>
 #include <unsupported/Eigen/SpecialFunctions>
 
+#include "vattn/config.hpp"
+
 namespace vattn::budget {
 
 /// z with P(Z <= z) = p, Z standard normal; p in (0, 1).

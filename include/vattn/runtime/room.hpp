@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <vector>
 
+#include "vattn/config.hpp"
+
 namespace vattn::detail {
 
 /// Room for `more` elements, growing as push_back does. An append that takes all its room first either happens or,

@@ -17,12 +17,12 @@ class score_check {
  public:
   /// The score estimates the logit with an error of this scale. A breach is more than four of them, beyond rounding.
   /// `chosen`: the row is read because of its score, as by importance sampling. Errors e ~ N(0, σ²) are then seen with
-  /// weights up to e^e, which makes them N(σ², σ²): a score that is too high by σ standard errors is nothing odd. At
-  /// least one in 1000: scales are estimates too.
+  /// weights up to e^e, which makes them N(σ², σ²): a score that is too high by σ standard errors is nothing odd, and
+  /// half of one more is allowed for. At least one in 1000: scales are estimates too.
   void estimate(float logit, float score, float error, bool chosen) noexcept {
     double rate = 1e-3;
     if (chosen && error > 0.25f)  // erfc(x/sqrt(2))/2 = P(N(0, 1) > x)
-      rate = std::max(rate, 0.5 * std::erfc((4 - std::min(4.0, static_cast<double>(error))) / 1.4142135623730951));
+      rate = std::max(rate, 0.5 * std::erfc((3.5 - std::min(3.5, static_cast<double>(error))) / 1.4142135623730951));
     note(std::abs(logit - score) > 4 * error + 1e-3f * (1 + std::abs(logit)), rate, chosen);
   }
 

@@ -1,0 +1,13 @@
+// See macros_push.hpp.
+#pragma pop_macro("Yield")
+#pragma pop_macro("OPTIONAL")
+#pragma pop_macro("CONST")
+#pragma pop_macro("OUT")
+#pragma pop_macro("IN")
+#pragma pop_macro("ERROR")
+#pragma pop_macro("interface")
+#pragma pop_macro("far")
+#pragma pop_macro("near")
+#pragma pop_macro("small")
+#pragma pop_macro("max")
+#pragma pop_macro("min")
