@@ -106,8 +106,9 @@ struct importance_head {
             task.row, fixed, [&](index_t j) { return tokens[place(j)]; }, exact, part, true))
       return false;
     // Rows that are read anyway check what the scores say of themselves. These are read whatever their scores: the
-    // newest are among them, which an index lags behind in.
-    for (index_t j = 0; j < fixed; ++j) {
+    // newest are among them, which an index lags behind in. Not of scores that were fitted to other rows in this call,
+    // whose one error scale need not be that of sinks.
+    for (index_t j = 0; scored.rows_read == 0 && j < fixed; ++j) {
       const auto at = static_cast<std::size_t>(place(j));
       check.estimate(task.row.logit(tokens[place(j)]), scores[at], errors[at], false);
     }
