@@ -67,7 +67,8 @@ class softmax_state {
     const kernel::floating_point_scope standard;
     const auto inverse = empty() ? 0.0f : static_cast<float>(1.0 / d_);
     for (std::size_t j = 0; j < out.size(); ++j) out[j] = o_[j] * inverse;
-    return log_sum_exp();
+    const volatile float lse = log_sum_exp();  // or a compiler may round it when the caller's mode is back
+    return lse;
   }
 
   [[nodiscard]] float log_sum_exp() const noexcept {
