@@ -1,5 +1,6 @@
 # Two versions of the library in one program, and units compiled for different instruction sets: none takes a function of
 # the other's. Not optimised, so that no inline function hides in its callers.
+cmake_policy(VERSION 3.22)
 include("${CMAKE_CURRENT_LIST_DIR}/run.cmake")
 file(REMOVE_RECURSE "${BUILD_DIR}")
 file(COPY "${VATTN_SOURCE_DIR}/include/vattn" DESTINATION "${BUILD_DIR}/next")
