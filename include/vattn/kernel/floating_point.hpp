@@ -16,6 +16,8 @@
 #include <xmmintrin.h>
 #endif
 
+#include "vattn/config.hpp"
+
 namespace vattn::kernel {
 
 /// While it lives, the calling thread rounds to nearest, keeps subnormal numbers and traps nothing; then it has back
