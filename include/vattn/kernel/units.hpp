@@ -24,6 +24,17 @@ namespace vattn::kernel {
   return std::abs(e) <= ordinary ? 1.0f : std::ldexp(1.0f, std::clamp(-e, -126, 126));
 }
 
+/// `unit_for` the median of the magnitudes that are neither 0 nor infinite, which it reorders: one that is unlike all
+/// others may overflow and is then found, but must not make the others vanish.
+[[nodiscard]] inline float unit_for(std::span<float> magnitudes) noexcept {
+  const auto last =
+      std::remove_if(magnitudes.begin(), magnitudes.end(), [](float m) { return !(m > 0) || !std::isfinite(m); });
+  if (last == magnitudes.begin()) return 1;
+  const auto middle = magnitudes.begin() + (last - magnitudes.begin()) / 2;
+  std::nth_element(magnitudes.begin(), middle, last);
+  return unit_for(*middle);
+}
+
 /// Rows whose elements can be visited in tiles: those of the library. Others are taken as they are, in unit 1.
 template <class R>
 inline constexpr bool has_tiles = decoded<R>;

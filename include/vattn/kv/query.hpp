@@ -2,7 +2,9 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <iterator>
 #include <limits>
 #include <span>
 #include <utility>
@@ -103,15 +105,14 @@ template <kv_head Head>
   if constexpr (kernel::has_tiles<std::remove_cvref_t<decltype(head.value(0))>>) {
     using kernel::load;
     const index_t last = tokens.size() - 1;
-    float most = 0;
-    const auto look = [&](index_t j) {
-      load(head.value(tokens[j]), scratch.data());
-      const float here = Eigen::Map<const Eigen::ArrayXf>(scratch.data(), head.dv()).abs().maxCoeff();
-      if (std::isfinite(here)) most = std::max(most, here);
-    };
-    for (const index_t j : {index_t{0}, index_t{1}, last / 5, last * 2 / 5, last * 3 / 5, last * 4 / 5, last - 1, last})
-      if (j >= 0 && j <= last) look(j);
-    return kernel::unit_for(most);
+    const index_t places[] = {0, 1, last / 5, last * 2 / 5, last * 3 / 5, last * 4 / 5, last - 1, last};
+    std::array<float, std::size(places)> largest{};
+    for (std::size_t i = 0; i < largest.size(); ++i) {
+      if (places[i] < 0 || places[i] > last) continue;
+      load(head.value(tokens[places[i]]), scratch.data());
+      largest[i] = Eigen::Map<const Eigen::ArrayXf>(scratch.data(), head.dv()).abs().maxCoeff();
+    }
+    return kernel::unit_for(largest);
   } else {
     return 1;
   }

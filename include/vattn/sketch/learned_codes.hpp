@@ -232,9 +232,10 @@ class learned_codes {
       const auto from = keys.begin() + static_cast<std::ptrdiff_t>(i), to = from + static_cast<std::ptrdiff_t>(d);
       if (std::all_of(from, to, [](float x) { return std::isfinite(x); })) points.insert(points.end(), from, to);
     }
-    float most = 0;
-    for (const float x : points) most = std::max(most, std::abs(x));
-    unit_ = kernel::unit_for(most);
+    std::vector<float> largest;
+    for (std::size_t i = 0; i < points.size(); i += d)
+      largest.push_back(kernel::const_float_map(points.data() + i, dim_).cwiseAbs().maxCoeff());
+    unit_ = kernel::unit_for(largest);
     for (float& x : points) x *= unit_;
     if constexpr (!Balanced) {
       book_ = codebook(equal_widths(dim_, groups_), bits_);

@@ -194,7 +194,7 @@ TEST_CASE("selectors say how many places they take, and of what kind their score
   CHECK(nothing.score(row, tokens, {scores, {}, centre, {}}).kind == vattn::score_kind::ranking);
   CHECK(nothing.heavy_count(r, 1000, settings) == 0);
 
-  // log(x·sqrt(‖v − c‖² + offset²))
+  // log(x·sqrt(‖v − c‖² + offset²)/unit)
   const vattn::select::exact_contributions contributions;
   const auto contribution = contributions.score(row, tokens, {scores, {}, centre, {}});
   REQUIRE(contribution.ok);
@@ -204,6 +204,7 @@ TEST_CASE("selectors say how many places they take, and of what kind their score
   for (std::size_t i = 0; i < 1000; ++i) {
     double away = std::pow(static_cast<double>(contribution.value_offset), 2);
     for (std::size_t j = 0; j < 4; ++j) away += std::pow(static_cast<double>(p.v[i * 4 + j] - centre[j]), 2);
+    away /= std::pow(static_cast<double>(contribution.contribution_unit), 2);
     worst = std::max(worst, std::abs(static_cast<double>(scores[i]) - (want.logits[i] + 0.5 * std::log(away))));
   }
   CHECK(worst < 1e-5);
