@@ -108,6 +108,9 @@ struct basic_sampled_head {
 
 using sampled_head = basic_sampled_head<sample::uniform_without_replacement>;
 
+/// What a contribution is measured in.
+[[nodiscard]] inline double unit_of(const sampled_head& s) { return static_cast<double>(s.scored.contribution_unit); }
+
 /// The largest sqrt(((t + r)² + along²)/(t² + offset²)) over t >= 0, by trying: r from the ranking's centre to the
 /// point.
 template <class Point>

@@ -41,8 +41,9 @@ struct looked {
     const double x = weight(static_cast<double>(score)) / s.now.denominator;
     if (s.scored.kind == score_kind::ranking) return 0;
     if (s.scored.kind == score_kind::logit) return x * (std::sqrt(s.now.power) + std::sqrt(s.now.output2));
-    return x * widest(
-                   s.seen(), [&](std::size_t j) { return output(j); }, 0);
+    return x * unit_of(s) *
+           widest(
+               s.seen(), [&](std::size_t j) { return output(j); }, 0);
   }
 
   // Terms of which m draws see none with probability delta count as seen: z sqrt(count) = ln(1/delta).
@@ -348,7 +349,7 @@ TEST_CASE("output: with a hard bound, the error of N and D together", "[budget][
   e.population = N;
   e.sampled = 3000;
   e.second_moment = second;
-  e.radius = l.weight(static_cast<double>(l.s.order.bound())) *
+  e.radius = l.weight(static_cast<double>(l.s.order.bound())) * unit_of(l.s) *
              widest(
                  l.s.seen(), [&](std::size_t j) { return static_cast<double>(l.s.centre[j]); }, s);
   const auto achieved = [&](double error) {
@@ -400,8 +401,8 @@ TEST_CASE("output: what may lie unseen counts, as far as the scores bound it", "
       double guard = 0;
       if (kind == vattn::score_kind::logit) guard = std::sqrt(now.power) + std::sqrt(now.output2);
       if (kind == vattn::score_kind::contribution)
-        guard = widest(
-            seen, [&](std::size_t j) { return l.output(j); }, 0);
+        guard = unit_of(l.s) * widest(
+                                   seen, [&](std::size_t j) { return l.output(j); }, 0);
       guard *= std::exp(static_cast<double>(l.s.order.bound()) - now.reference) / now.denominator;
       const double z = budget::normal_quantile(1 - delta / 2), lambda = -std::log(delta);
       const double unseen = std::max(1.0, lambda * lambda / (z * z)) * guard * guard / 300;
@@ -450,7 +451,7 @@ TEMPLATE_TEST_CASE("output: a finite-sample bound by its formula, at its share o
     const double x = std::exp(static_cast<double>(r.logit) - s.now.reference);
     e.second_moment += x * x * (static_cast<double>(r.spread) + offset * offset) / 12000;
   }
-  e.radius = std::exp(static_cast<double>(s.order.bound()) - s.now.reference) *
+  e.radius = std::exp(static_cast<double>(s.order.bound()) - s.now.reference) * unit_of(s) *
              widest(
                  s.seen(), [&](std::size_t j) { return static_cast<double>(s.centre[j]); }, offset);
   const double error = TestType::radius(e, 12000, 0.1 / 4);

@@ -182,7 +182,7 @@ TEST_CASE("a contribution bounds every x times a distance, from any point", "[bu
 
 TEST_CASE("ranges follow from the kind of score", "[budget][targets]") {
   looked l;
-  const double bound = l.weight(static_cast<double>(l.s.order.bound()));
+  const double logit = l.weight(static_cast<double>(l.s.order.bound())), bound = logit * unit_of(l.s);
   auto d = budget::denominator_evidence(l.s.seen());
   auto n = budget::numerator_evidence(l.s.seen());
   CHECK_THAT(d.radius, WithinRel(bound / static_cast<double>(l.s.scored.value_offset), 1e-9));
@@ -191,7 +191,7 @@ TEST_CASE("ranges follow from the kind of score", "[budget][targets]") {
                                  1e-6));
   l.s.scored.kind = vattn::score_kind::logit;
   d = budget::denominator_evidence(l.s.seen()), n = budget::numerator_evidence(l.s.seen());
-  CHECK_THAT(d.radius, WithinRel(bound, 1e-9));
+  CHECK_THAT(d.radius, WithinRel(logit, 1e-9));
   CHECK(std::isinf(n.radius));  // logits say nothing of values
   l.s.scored.kind = vattn::score_kind::ranking;
   d = budget::denominator_evidence(l.s.seen()), n = budget::numerator_evidence(l.s.seen());
