@@ -67,7 +67,7 @@ struct query {
   double norm = 0;
 };
 
-double estimate(const block_codes& c, const query& q, index_t row) {
+double estimated_score(const block_codes& c, const query& q, index_t row) {
   const decoded d = decode(c, row);
   return d.alpha * static_cast<double>(c.alpha_unit()) / 32767 * q.product(d);
 }
@@ -102,7 +102,7 @@ TEST_CASE("errors are within the stated radius, for every head size", "[sketch][
     CHECK_THAT(c.offset(q.rotated), test::WithinAbs(offset, 1e-4 * (1 + q.norm * std::sqrt(dot(mean, mean)))));
     for (std::size_t i = 0; i < keys.size(); ++i) {
       const auto row = static_cast<index_t>(i);
-      const double error = std::abs(estimate(c, q, row) - (dot(q.q, keys[i]) - offset));
+      const double error = std::abs(estimated_score(c, q, row) - (dot(q.q, keys[i]) - offset));
       // α is a whole number of units.
       const double rounding = static_cast<double>(c.alpha_unit()) / 32767 * std::abs(q.product(decode(c, row)));
       const double size = q.norm * (std::sqrt(dot(keys[i], keys[i])) + std::sqrt(dot(mean, mean)));
@@ -124,14 +124,14 @@ TEST_CASE("a query along what a code misses finds the radius sharp", "[sketch][b
     for (std::size_t j = 0; j < residual.size(); ++j) {
       std::vector<float> axis(residual.size());
       axis[j] = 1;
-      residual[j] = key[j] - static_cast<float>(estimate(c, query(c, axis), 0));
+      residual[j] = key[j] - static_cast<float>(estimated_score(c, query(c, axis), 0));
     }
     const double rho = static_cast<double>(c.radius(0)), norm = std::sqrt(dot(residual, residual));
     CHECK(norm <= rho * 1.001);
     CHECK(norm >= rho * 0.98);  // bfloat16, rounded up, and α rounded
     const query q(c, residual);
-    CHECK(std::abs(estimate(c, q, 0) - dot(residual, key)) <= q.norm * rho * 1.001);
-    CHECK(std::abs(estimate(c, q, 0) - dot(residual, key)) >= q.norm * rho * 0.97);
+    CHECK(std::abs(estimated_score(c, q, 0) - dot(residual, key)) <= q.norm * rho * 1.001);
+    CHECK(std::abs(estimated_score(c, q, 0) - dot(residual, key)) >= q.norm * rho * 0.97);
   }
 }
 
@@ -148,7 +148,7 @@ TEST_CASE("estimates are without bias over rotations", "[sketch][block_codes]") 
       block_codes c(dim, static_cast<std::uint64_t>(seed) + 1000);
       c.recentre(mean, 1);
       add(c, key);
-      const double error = estimate(c, query(c, q), 0) - want;
+      const double error = estimated_score(c, query(c, q), 0) - want;
       sum += error, square += error * error;
     }
     const double deviation = std::sqrt(square / seeds);
@@ -170,7 +170,7 @@ TEST_CASE("hostile keys have an honest radius", "[sketch][block_codes]") {
       for (int repeat = 0; repeat < 10; ++repeat) {
         const std::vector<float> key = key_of(size);
         add(c, key);
-        const double error = std::abs(estimate(c, plain, repeat) - dot(plain.q, key));
+        const double error = std::abs(estimated_score(c, plain, repeat) - dot(plain.q, key));
         const double rounding =
             static_cast<double>(c.alpha_unit()) / 32767 * std::abs(plain.product(decode(c, repeat)));
         CAPTURE(dim, size, c.radius(repeat));
@@ -182,7 +182,7 @@ TEST_CASE("hostile keys have an honest radius", "[sketch][block_codes]") {
     const std::vector<float> zero(static_cast<std::size_t>(dim));
     add(c, zero);
     CHECK(c.radius(0) == 0);
-    CHECK(estimate(c, plain, 0) == 0);
+    CHECK(estimated_score(c, plain, 0) == 0);
     add(c, key_of(1));
     CHECK(std::isfinite(c.largest_radius(0)));
     for (const float bad : {std::nanf(""), inf, -inf, 3e38f}) {
@@ -213,12 +213,13 @@ TEST_CASE("one key of another size does not spoil the others", "[sketch][block_c
   for (std::size_t i = 0; i < keys.size(); ++i) {
     const auto row = static_cast<index_t>(i);
     const double unit = static_cast<double>(c.alpha_unit()) / 32767 * std::abs(q.product(decode(c, row)));
-    CHECK(std::abs(estimate(c, q, row) - dot(q.q, keys[i])) <= q.norm * static_cast<double>(c.radius(row)) + unit);
+    CHECK(std::abs(estimated_score(c, q, row) - dot(q.q, keys[i])) <=
+          q.norm * static_cast<double>(c.radius(row)) + unit);
     if (i < 100) add(alone, keys[i]);
   }
   // The rescaled α are those of codes that knew the unit from the start, within the two roundings.
   for (index_t row = 0; row < 100; ++row)
-    CHECK(std::abs(estimate(c, q, row) - estimate(alone, q, row)) <=
+    CHECK(std::abs(estimated_score(c, q, row) - estimated_score(alone, q, row)) <=
           1.5 * static_cast<double>(c.alpha_unit()) / 32767 * std::abs(q.product(decode(c, row))));
 }
 
