@@ -26,7 +26,8 @@ inline void add_options(CLI::App& app, request& r) {
   add_number(app, "Attention", "--scale", r.scale, "logit = scale q.k; default 1/sqrt(Dk)");
   add_number(app, "Attention", "--softcap", r.options.softcap, "cap of the logits, cap tanh(logit/cap); 0 = none");
   app.add_flag("--causal", r.options.causal, "query t of T sees the tokens up to n - T + t")->group("Attention");
-  add_number(app, "Attention", "--sliding-window", r.options.sliding_window, "see the X tokens up to the own position alone; 0 = all");
+  add_number(app, "Attention", "--sliding-window", r.options.sliding_window,
+             "see the X tokens up to the own position alone; 0 = all");
 
   add_choice(app, "Method", "--method", r.how, method_names(),
              "dense|top-k|sample|sinks-window|magic-pig|vattention|store", "default vattention");
