@@ -39,10 +39,13 @@ class gemma_cpp_view : public placed_kv<ring_sequence, plain_rows<float, D>, pla
 
   [[nodiscard]] status validate() const noexcept {
     const gemma_cpp_layer& l = layer_;
-    if (status s = base::validate(); !s) return s;
-    const index_t end =
-        saturated_product(2 * element, saturated_product(saturated_product(l.layer + 1, l.n_kv_heads), l.d));
-    if (l.layer < 0 || (l.n_tokens > 0 && l.n_rows > 1 && end > l.row_stride)) {
+    const bool counted = l.layer >= 0 && l.layer < detail::widest_buffer;
+    if (counted) {
+      if (status s = base::validate(); !s) return s;
+    }
+    const index_t layers = counted ? l.layer + 1 : l.layer;  // to the end of this one
+    const index_t end = saturated_product(2 * element, saturated_product(saturated_product(layers, l.n_kv_heads), l.d));
+    if (!counted || (l.n_tokens > 0 && l.n_rows > 1 && end > l.row_stride)) {
       return status::error(
           errc::invalid_argument,
           "layer %lld of %lld heads of %lld ends at byte %lld of a row, and rows are %lld bytes apart: "

@@ -198,7 +198,7 @@ TEST_CASE("block tables that cannot be meant say why", "[kv][vllm]") {
   }
   SECTION("sizes past what can be counted") {
     constexpr index_t most = std::numeric_limits<index_t>::max();
-    for (const index_t blocks : {index_t{1} << 50, most}) {
+    for (const index_t blocks : {index_t{1} << 51, most}) {
       b.n_blocks = blocks;
       CHECK(contains(why(), "reaches over more than 2^60 bytes"));
       CHECK_FALSE(vllm_fused_kv(rows.data(), b).validate().ok());
