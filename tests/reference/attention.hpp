@@ -18,10 +18,24 @@ struct problem {
   double scale = 1;
   double softcap = 0;  ///< 0 = none
   bool causal = false;
-  std::int64_t sliding_window = 0;  ///< 0 = none
-  std::vector<double> mask;         // [n_batch, n_heads, n_queries, n_tokens], or empty
-  std::vector<double> alibi;        // [n_heads], or empty
-  std::vector<double> sinks;        // [n_heads], or empty
+  std::int64_t sliding_window = 0;    ///< 0 = none
+  std::vector<double> mask;           // [n_batch, n_heads, n_queries, n_tokens], or empty
+  std::vector<double> alibi;          // [n_heads], or empty
+  std::vector<double> sinks;          // [n_heads], or empty
+  std::vector<std::int64_t> lengths{};  // [n_batch] tokens of each sequence, or empty: n_tokens
+  std::vector<std::int64_t> cells{};    // [n_batch, n_tokens] positions, negative = absent; or empty: the token's own
+  std::vector<std::int64_t> query_positions{};  // [n_batch, n_queries], with cells
+
+  [[nodiscard]] std::int64_t length(std::int64_t b) const {
+    return lengths.empty() ? n_tokens : lengths[static_cast<std::size_t>(b)];
+  }
+  /// Of a token, and of query t of T, which stands at the end of its sequence: n − T + t.
+  [[nodiscard]] std::int64_t position(std::int64_t b, std::int64_t token) const {
+    return cells.empty() ? token : cells[static_cast<std::size_t>(b * n_tokens + token)];
+  }
+  [[nodiscard]] std::int64_t query_position(std::int64_t b, std::int64_t t) const {
+    return cells.empty() ? length(b) - n_queries + t : query_positions[static_cast<std::size_t>(b * n_queries + t)];
+  }
 };
 
 struct row {
@@ -59,11 +73,12 @@ struct weighted_output {
   }
 };
 
-/// Does query t see this token? Query t of T stands at position n − T + t.
+/// Does query t see this token?
 [[nodiscard]] inline bool sees(const problem& p, std::int64_t b, std::int64_t t, std::int64_t h, std::int64_t token) {
-  const std::int64_t position = p.n_tokens - p.n_queries + t;
-  if (p.causal && token > position) return false;
-  if (p.sliding_window > 0 && (token > position || token <= position - p.sliding_window)) return false;
+  const std::int64_t here = p.query_position(b, t), there = p.position(b, token);
+  if (there < 0) return false;
+  if (p.causal && there > here) return false;
+  if (p.sliding_window > 0 && (there > here || there <= here - p.sliding_window)) return false;
   if (p.mask.empty()) return true;
   const auto at = static_cast<std::size_t>(((b * p.n_heads + h) * p.n_queries + t) * p.n_tokens + token);
   return p.mask[at] != -std::numeric_limits<double>::infinity();
@@ -81,7 +96,7 @@ struct weighted_output {
   if (!p.mask.empty())
     s += p.mask[static_cast<std::size_t>(((b * p.n_heads + h) * p.n_queries + t) * p.n_tokens + token)];
   if (!p.alibi.empty())
-    s += p.alibi[static_cast<std::size_t>(h)] * static_cast<double>(token - (p.n_tokens - p.n_queries + t));
+    s += p.alibi[static_cast<std::size_t>(h)] * static_cast<double>(p.position(b, token) - p.query_position(b, t));
   return s;
 }
 
@@ -90,7 +105,7 @@ struct weighted_output {
   row r;
   r.numerator.assign(static_cast<std::size_t>(p.dv), 0.0);
   r.output = r.numerator;
-  for (std::int64_t i = 0; i < p.n_tokens; ++i) {
+  for (std::int64_t i = 0; i < p.length(b); ++i) {
     if (!sees(p, b, t, h, i)) continue;
     r.tokens.push_back(i);
     r.logits.push_back(logit(p, b, t, h, i));

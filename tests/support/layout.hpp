@@ -17,6 +17,7 @@ template <class T = float>
 struct ragged {
   ragged(shape s, std::vector<std::int32_t> wanted, unsigned seed = 3)
       : lengths(std::move(wanted)), p(sized(s, lengths), seed) {}
+  ragged(problem<T> known, std::vector<std::int32_t> wanted) : lengths(std::move(wanted)), p(std::move(known)) {}
 
   static shape sized(shape s, const std::vector<std::int32_t>& lengths) {
     s.batch = static_cast<index_t>(lengths.size());

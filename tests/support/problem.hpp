@@ -54,17 +54,22 @@ struct results {
 /// q in float, K and V in T, laid out as contiguous_kv does; values N(0, I) plus a shared vector of ones.
 template <class T = float>
 struct problem {
-  explicit problem(const shape& dimensions, unsigned seed = 1, float spread = 1) : s(dimensions) {
-    std::mt19937 random(seed);
-    std::normal_distribution<float> normal;
-    const auto draw = [&](auto& to, index_t count, float factor, float shift) {
+  explicit problem(const shape& dimensions, unsigned seed = 1, float spread = 1)
+      : problem(dimensions, spread,
+                [random = std::mt19937(seed), normal = std::normal_distribution<float>()]() mutable {
+                  return normal(random);
+                }) {}
+  /// `draw()`: the next of N(0, 1).
+  template <class Draw>
+  problem(const shape& dimensions, float spread, Draw&& draw) : s(dimensions) {
+    const auto fill = [&](auto& to, index_t count, float factor, float shift) {
       using element = typename std::remove_reference_t<decltype(to)>::value_type;
       to.resize(static_cast<std::size_t>(count));
-      for (auto& x : to) x = element(factor * normal(random) + shift);
+      for (auto& x : to) x = element(factor * draw() + shift);
     };
-    draw(q, s.batch * s.queries * s.heads * s.dk, spread, 0);
-    draw(k, s.batch * s.kv_heads * s.n * s.dk, 1, 0);
-    draw(v, s.batch * s.kv_heads * s.n * s.dv, 1, 1);
+    fill(q, s.batch * s.queries * s.heads * s.dk, spread, 0);
+    fill(k, s.batch * s.kv_heads * s.n * s.dk, 1, 0);
+    fill(v, s.batch * s.kv_heads * s.n * s.dv, 1, 1);
     options.scale = 1 / std::sqrt(static_cast<float>(s.dk));
   }
 

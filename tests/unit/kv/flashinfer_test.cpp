@@ -3,60 +3,12 @@
 
 #include <cstring>
 
-#include "support/layout.hpp"
+#include "support/layouts.hpp"
 
 namespace {
 
 using namespace vattn;
 using namespace vattn::test;
-
-// The page table of a batch in a cache of shuffled pages, some of them unused.
-struct pages {
-  pages(const std::vector<std::int32_t>& lengths, index_t page_size) : size(page_size) {
-    indptr.push_back(0);
-    for (const std::int32_t n : lengths) {
-      indptr.push_back(indptr.back() + (n + static_cast<std::int32_t>(size) - 1) / static_cast<std::int32_t>(size));
-      last.push_back(n == 0 ? 0 : (n - 1) % static_cast<std::int32_t>(size) + 1);
-    }
-    count = indptr.back() + 5;
-    indices = shuffled_pages(count);
-  }
-  [[nodiscard]] index_t page(index_t b, index_t token) const {
-    return indices[static_cast<std::size_t>(indptr[static_cast<std::size_t>(b)] + token / size)];
-  }
-  [[nodiscard]] flashinfer_pages view(const shape& s) const {
-    return {.n_pages = count,
-            .page_size = size,
-            .n_kv_heads = s.kv_heads,
-            .dk = s.dk,
-            .dv = s.dv,
-            .n_batch = s.batch,
-            .indptr = indptr.data(),
-            .indices = indices.data(),
-            .last_page_len = last.data()};
-  }
-
-  index_t size, count = 0;
-  std::vector<std::int32_t> indptr, indices, last;
-};
-
-struct at {
-  index_t page, head, slot;
-};
-
-// [pages, page, heads, d] or [pages, heads, page, d]; what is not written stays NaN.
-template <class T>
-std::vector<T> paged(const ragged<T>& r, const pages& t, page_order order, bool keys) {
-  const index_t d = keys ? r.p.s.dk : r.p.s.dv, heads = r.p.s.kv_heads;
-  std::vector<T> to(static_cast<std::size_t>(t.count * t.size * heads * d), T(not_a_number));
-  r.for_each_row([&](index_t b, index_t h, index_t token) {
-    const index_t page = t.page(b, token), slot = token % t.size;
-    const index_t row =
-        order == page_order::nhd ? (page * t.size + slot) * heads + h : (page * heads + h) * t.size + slot;
-    std::copy_n(keys ? r.key(b, h, token) : r.value(b, h, token), d, to.data() + row * d);
-  });
-  return to;
-}
 
 }  // namespace
 

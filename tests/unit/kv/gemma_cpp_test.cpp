@@ -1,24 +1,12 @@
 // gemma.cpp's ring of rows that hold all layers: built from known rows wherever it has wrapped, read back, attended.
 #include "vattn/kv/gemma_cpp.hpp"
 
-#include "support/layout.hpp"
+#include "support/layouts.hpp"
 
 namespace {
 
 using namespace vattn;
 using namespace vattn::test;
-
-// [rows, layers·heads·2d + padding]
-std::vector<float> ring(const ragged<float>& r, const gemma_cpp_layer& l) {
-  const index_t stride = l.row_stride / 4;
-  std::vector<float> to(static_cast<std::size_t>(l.n_rows * stride), not_a_number);
-  r.for_each_row([&](index_t b, index_t h, index_t t) {
-    float* at = to.data() + (l.first_position + t) % l.n_rows * stride + (l.layer * l.n_kv_heads + h) * 2 * l.d;
-    std::copy_n(r.key(b, h, t), l.d, at);
-    std::copy_n(r.value(b, h, t), l.d, at + l.d);
-  });
-  return to;
-}
 
 }  // namespace
 

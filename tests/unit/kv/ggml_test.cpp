@@ -3,7 +3,7 @@
 
 #include <cstring>
 
-#include "support/layout.hpp"
+#include "support/layouts.hpp"
 
 namespace {
 
@@ -11,47 +11,6 @@ using namespace vattn;
 using namespace vattn::test;
 using kernel::q4_0_block;
 using kernel::q8_0_block;
-
-// Rows of T, and the floats that they hold.
-template <class T>
-void store(const float* x, index_t width, std::byte* to, float* known) {
-  if constexpr (kernel::quantised_block<T>) {
-    auto* blocks = reinterpret_cast<T*>(to);
-    kernel::quantise(x, static_cast<std::size_t>(width), blocks);
-    load(kernel::block_row<T>(blocks, static_cast<std::size_t>(width)), known);
-  } else {
-    for (index_t j = 0; j < width; ++j) {
-      reinterpret_cast<T*>(to)[j] = T(x[j]);
-      known[j] = static_cast<float>(reinterpret_cast<T*>(to)[j]);
-    }
-  }
-}
-
-template <class T>
-index_t row_bytes(index_t width) {
-  return rows_of<T>{}.extent(width);
-}
-
-// A layer's cache: per token one row of heads·d elements, and `pad` bytes; streams one after the other. As attention
-// sees it: [d, n_kv, heads, streams].
-template <class T>
-struct tensor {
-  tensor(ragged<float>& r, bool keys, index_t pad = 0) {
-    const shape& s = r.p.s;
-    const index_t d = keys ? s.dk : s.dv, row = row_bytes<T>(d), token = row * s.kv_heads + pad;
-    bytes.resize(static_cast<std::size_t>(token * s.n * s.batch));
-    layout = {bytes.data(),
-              {d, s.n, s.kv_heads, s.batch},
-              {row_bytes<T>(kernel::quantised_block<T> ? 32 : 1), token, row, token * s.n}};
-    r.for_each_row([&](index_t b, index_t h, index_t t) {
-      auto* known = const_cast<float*>(keys ? r.key(b, h, t) : r.value(b, h, t));
-      const std::vector<float> x(known, known + d);
-      store<T>(x.data(), d, bytes.data() + b * layout.nb[3] + t * layout.nb[1] + h * layout.nb[2], known);
-    });
-  }
-  std::vector<std::byte> bytes;
-  ggml_layout layout;
-};
 
 template <class TK, class TV>
 void check_types(index_t pad) {

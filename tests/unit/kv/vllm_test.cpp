@@ -1,86 +1,12 @@
 // vLLM's block tables in all their layouts: built from known rows, read back, and attended.
 #include "vattn/kv/vllm.hpp"
 
-#include "support/layout.hpp"
+#include "support/layouts.hpp"
 
 namespace {
 
 using namespace vattn;
 using namespace vattn::test;
-
-// A block table of a cache of shuffled blocks; rows are 3 entries longer than what they say, entries past the
-// sequence's end are rubbish.
-struct table {
-  table(const std::vector<std::int32_t>& lengths, index_t block_size) : size(block_size), seq_lens(lengths) {
-    for (const std::int32_t n : lengths) width = std::max<index_t>(width, (n + size - 1) / size);
-    const std::vector<std::int32_t> ids = shuffled_pages(width * static_cast<index_t>(lengths.size()) + 3, 8);
-    count = static_cast<index_t>(ids.size());
-    entries.assign(static_cast<std::size_t>((width + 3) * static_cast<index_t>(lengths.size())), -77);
-    std::size_t next = 0;
-    for (std::size_t b = 0; b < lengths.size(); ++b) {
-      for (index_t i = 0; i < (lengths[b] + size - 1) / size; ++i)
-        entries[b * static_cast<std::size_t>(width + 3) + static_cast<std::size_t>(i)] = ids[next++];
-    }
-  }
-  [[nodiscard]] index_t block(index_t b, index_t token) const {
-    return entries[static_cast<std::size_t>(b * (width + 3) + token / size)];
-  }
-  [[nodiscard]] vllm_blocks view(const shape& s) const {
-    return {.n_blocks = count,
-            .block_size = size,
-            .n_kv_heads = s.kv_heads,
-            .d = s.dk,
-            .n_batch = s.batch,
-            .max_blocks = width,
-            .block_table = entries.data(),
-            .seq_lens = seq_lens.data(),
-            .table_stride = width + 3};
-  }
-
-  index_t size, width = 0, count = 0;
-  std::vector<std::int32_t> seq_lens, entries;
-};
-
-// [2, blocks, block_size, heads, d]
-template <class T>
-std::vector<T> flash_layout(const ragged<T>& r, const table& t) {
-  const index_t d = r.p.s.dk, heads = r.p.s.kv_heads;
-  std::vector<T> to(static_cast<std::size_t>(2 * t.count * t.size * heads * d));
-  r.for_each_row([&](index_t b, index_t h, index_t token) {
-    const index_t row = (t.block(b, token) * t.size + token % t.size) * heads + h;
-    std::copy_n(r.key(b, h, token), d, to.data() + row * d);
-    std::copy_n(r.value(b, h, token), d, to.data() + (t.count * t.size * heads + row) * d);
-  });
-  return to;
-}
-
-// [blocks, heads, block_size, 2d]
-template <class T>
-std::vector<T> fused_layout(const ragged<T>& r, const table& t) {
-  const index_t d = r.p.s.dk, heads = r.p.s.kv_heads;
-  std::vector<T> to(static_cast<std::size_t>(2 * t.count * t.size * heads * d));
-  r.for_each_row([&](index_t b, index_t h, index_t token) {
-    T* row = to.data() + ((t.block(b, token) * heads + h) * t.size + token % t.size) * 2 * d;
-    std::copy_n(r.key(b, h, token), d, row);
-    std::copy_n(r.value(b, h, token), d, row + d);
-  });
-  return to;
-}
-
-// K [blocks, heads, d/x, block_size, x], V [blocks, heads, d, block_size]
-template <class T>
-std::pair<std::vector<T>, std::vector<T>> x_packed_layout(const ragged<T>& r, const table& t) {
-  const index_t d = r.p.s.dk, heads = r.p.s.kv_heads, x = 16 / static_cast<index_t>(sizeof(T));
-  std::vector<T> k(static_cast<std::size_t>(t.count * t.size * heads * d), T(not_a_number)), v = k;
-  r.for_each_row([&](index_t b, index_t h, index_t token) {
-    const index_t head = t.block(b, token) * heads + h, slot = token % t.size;
-    for (index_t j = 0; j < d; ++j) {
-      k[static_cast<std::size_t>(((head * (d / x) + j / x) * t.size + slot) * x + j % x)] = r.key(b, h, token)[j];
-      v[static_cast<std::size_t>((head * d + j) * t.size + slot)] = r.value(b, h, token)[j];
-    }
-  });
-  return {k, v};
-}
 
 }  // namespace
 

@@ -1,0 +1,13 @@
+// The policies that have names.
+#include "product/policies.hpp"
+
+namespace vattn::product {
+
+void add_named(policy_list& to) {
+  to.push_back(entry<default_policy, 0>("default_policy"));
+  to.push_back(entry<verified_denominator>("verified_denominator"));
+  to.push_back(entry<verified_numerator>("verified_numerator"));
+  to.push_back(entry<verified_sdpa>("verified_sdpa"));
+}
+
+}  // namespace vattn::product
