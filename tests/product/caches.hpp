@@ -211,7 +211,7 @@ void with_layout(const scenario& s, test::ragged<float>& r, F&& f) {
     const auto [k, v] = test::x_packed_layout(test::ragged<TK>(std::move(same), r.lengths), t);
     f(vllm_x_packed_kv(k.data(), v.data(), t.view(d)), row_order{});
   } else if constexpr (L == ggml) {
-    const test::tensor<TK> k(r, true, 34);
+    const test::tensor<TK> k(r, true, 36);
     const test::tensor<TV> v(r, false, sizeof(TV) % 4 == 0 ? 4 : 2);
     const kept_norms norms(r.p, s[norms_axis]);
     f(ggml_kv<TK, TV>(k.layout, v.layout).with_norms(norms.view()), row_order{});

@@ -149,8 +149,8 @@ int main(int argc, char** argv) {
     auto& by = all.sampled_by[a];
     by.resize(a == policy_axis ? policies().size() : axes()[static_cast<std::size_t>(a)].values.size());
     for (std::size_t level = 0; level < by.size(); ++level) {
-      const bool never =
-          (a == policy_axis && level == 0) || (a == length_axis && level < 3) || (a == certificate_axis && level == 0);
+      const bool never = (a == policy_axis && level == 0) || (a == length_axis && level < 3) ||
+                         (a == window_axis && level == short_window) || (a == certificate_axis && level == 0);
       if (by[level][0] > 0 || never) continue;
       std::printf("no row was sampled with %s %s\n", axes()[static_cast<std::size_t>(a)].name,
                   value(a, static_cast<int>(level)).c_str());

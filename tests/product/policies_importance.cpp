@@ -13,7 +13,6 @@ void add_importance(policy_list& to) {
   to.push_back(entry<mix<codes, by_group_importance, student>, 2>("codes, by group importance, student"));
   to.push_back(entry<mix<phases, in_two_phases, clt>, 3>("two_phase, in two phases, clt"));
   to.push_back(entry<mix<phases, in_two_phases, student>>("two_phase, in two phases, student"));
-  to.push_back(entry<mix<phases, by_importance, student>>("two_phase, by importance, student"));
   to.push_back(
       entry<mix<select::top_k<select::exact_logits>, by_importance, student>>("logits, by importance, student"));
   to.push_back(

@@ -24,7 +24,7 @@ void add_indexed(policy_list& to) {
   add<select::indexed<select::quest>, bernstein, sdpa, with>(to, "quest");
   add<select::indexed<fine_codes>, student, numerator, with>(to, "codes");
   add<select::upper_scores<fine_codes>, student, output, without>(to, "upper scores of codes");
-  add<select::upper_scores<fine_codes>, bernstein, denominator, without>(to, "upper scores of codes");
+  add<select::upper_scores<fine_codes>, student, denominator, with>(to, "upper scores of codes");
   add<select::hard_bounds<sharp_codes>, hoeffding, numerator, without>(to, "hard bounds of codes");
   add<select::hard_bounds<sharp_codes>, clt, denominator, with>(to, "hard bounds of codes");
   add<select::calibrated<select::indexed<select::quest>>, clt, output, with>(to, "calibrated");
