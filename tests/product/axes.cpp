@@ -58,7 +58,7 @@ bool too_large(const scenario& s) {
   const double n = at(all_lengths, s[length_axis]), batch = s[batch_axis] < 0 ? 1 : at(all_batches, s[batch_axis]);
   const double rows = batch * (s[queries_axis] < 0 ? 1 : at(all_queries, s[queries_axis])) * h.query;
   const bool large = n > 4100;
-  return n * batch * h.kv * (d.dk + d.dv) > 6e6 || n * rows * (d.dk + d.dv) > (large ? 80e6 : 40e6) ||
+  return n * batch * h.kv * (d.dk + d.dv) > 9e6 || n * rows * (d.dk + d.dv) > (large ? 80e6 : 40e6) ||
          (!large && n * rows > 1e6);
 }
 

@@ -1,5 +1,6 @@
 #include "product/check.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <string_view>
@@ -53,6 +54,7 @@ class judge {
       }
     }
     at_ = {-1, -1, -1};
+    if (kind_ == family::group && c_.of[decisions_axis] == 1 && c_.of[certificate_axis] == 1) check_sharing();
     if (c_.of[observer_axis] != nobody) check_audit(rows, exact, surely_off, perhaps_off);
     if (c_.settings.joint && c_.of[certificate_axis] == 1 && kind_ != family::exact && fair_ > 0) {
       auto& p = all_.outputs[c_.settings.delta];
@@ -288,6 +290,33 @@ class judge {
     if (kind_ != family::store && whole < cert->rows_exact)
       say("%lld rows for certain, but %lld decisions of weight 1", static_cast<long long>(cert->rows_exact),
           static_cast<long long>(whole));
+  }
+
+  // Heads of a group that see the same tokens share one sample, which grows until the last of them has enough: of two
+  // of them one's rows are among the other's.
+  void check_sharing() {
+    if (c_.of[mask_axis] == head_mask) return;
+    const index_t group = d_.heads / d_.kv_heads;
+    const decision_result& to = c_.results.decisions();
+    for (index_t b = 0; b < d_.batch; ++b) {
+      for (index_t t = 0; t < d_.queries; ++t) {
+        for (index_t first = 0; first < d_.heads; first += group) {
+          std::vector<std::vector<std::int32_t>> sets;
+          for (index_t h = first; h < first + std::min(group, max_shared); ++h) {
+            if (c_.results.certified(b, t, h).exact()) continue;
+            const std::int32_t* tokens = &to.tokens(b, t, h, 0);
+            sets.emplace_back(tokens, tokens + to.counts(b, t, h));
+            std::sort(sets.back().begin(), sets.back().end());
+          }
+          std::sort(sets.begin(), sets.end(), [](const auto& x, const auto& y) { return x.size() < y.size(); });
+          for (std::size_t i = 1; i < sets.size(); ++i) {
+            if (std::includes(sets[i].begin(), sets[i].end(), sets[i - 1].begin(), sets[i - 1].end())) continue;
+            at_ = {b, t, first};
+            return say("heads of its group do not share a sample");
+          }
+        }
+      }
+    }
   }
 
   void check_audit(long rows, long exact, long surely, long perhaps) {

@@ -42,10 +42,10 @@ struct combination {
 
 class covering_array {
  public:
-  explicit covering_array(const covering_problem& p) : p_(p), axes_(static_cast<int>(p.sizes.size())) {
+  explicit covering_array(covering_problem p) : p_(std::move(p)), axes_(static_cast<int>(p_.sizes.size())) {
     for (int a = 0, at = 0; a < axes_; at += size(a), ++a) offset_.push_back(at), values_ = at + size(a);
     pair_.assign(static_cast<std::size_t>(values_) * static_cast<std::size_t>(values_), 0);
-    triple_.assign(static_cast<std::size_t>(size(p.corner.first) * size(p.corner.second) * values_), 0);
+    triple_.assign(static_cast<std::size_t>(size(p_.corner.first) * size(p_.corner.second) * values_), 0);
     build();
   }
 
@@ -165,7 +165,7 @@ class covering_array {
     }
   }
 
-  const covering_problem& p_;
+  covering_problem p_;
   int axes_, values_ = 0;
   std::vector<int> offset_;
   std::vector<char> pair_, triple_;
