@@ -4,10 +4,16 @@
 //   product_tests --case SEED:LEVELS  one row, as a failure prints it
 // --seed N: the first array's; --list: rows and no calls; --most N: the first N rows; --policy NAME: rows of that
 // alone.
+#include <unistd.h>
+
 #include <chrono>
+#include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
+#include <optional>
+#include <random>
 
 #include "product/check.hpp"
 #include "product/policies.hpp"
@@ -56,8 +62,20 @@ bool valid(const scenario& s) {
   return true;
 }
 
+// Of the case that is run, for whoever kills the program.
+char current[64];
+extern "C" void say_which(int signal) {
+  const char before[] = "crashed: product_tests --case ";
+  static_cast<void>(!write(1, before, sizeof(before) - 1));
+  static_cast<void>(!write(1, current, std::strlen(current)));
+  static_cast<void>(!write(1, "\n", 1));
+  std::signal(signal, SIG_DFL);
+  std::raise(signal);
+}
+
 /// Whether all is well.
 bool run(const scenario& s, tally& all) {
+  std::snprintf(current, sizeof(current), "%s", name(s).c_str());
   const policy_entry& policy = policies()[static_cast<std::size_t>(s[policy_axis])];
   call c(s);
   c.returned = vattn::status::error(vattn::errc::invalid_argument, "was not called");
@@ -80,72 +98,84 @@ bool judge(const char* what, const std::map<double, tally::promise>& promises) {
   return holds;
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
+// What the command line asks for.
+struct order {
   unsigned seed = 1, arrays = 1;
   long most = -1;
-  bool list = false;
-  std::string policy;
-  for (int i = 1; i < argc; ++i) {
-    const std::string option = argv[i];
-    const char* argument = i + 1 < argc ? argv[i + 1] : nullptr;
-    if (option == "--list") {
-      list = true;
-      continue;
-    }
-    if (argument == nullptr || (option != "--case" && option != "--seed" && option != "--arrays" &&
-                                option != "--most" && option != "--policy")) {
-      std::printf("product_tests [--arrays N] [--seed N] [--most N] [--policy NAME] [--list] | --case SEED:LEVELS\n");
-      return 2;
-    }
-    ++i;
-    if (option == "--case") {
-      const std::optional<scenario> s = named(argument);
-      if (!s || !valid(*s)) {
-        std::printf("no such case: %s\n", argument);
-        return 2;
-      }
-      tally all;
-      std::printf("%s\n", text(*s).c_str());
-      return run(*s, all) ? 0 : 1;
-    }
-    if (option == "--seed") seed = static_cast<unsigned>(std::strtoul(argument, nullptr, 10));
-    if (option == "--arrays") arrays = static_cast<unsigned>(std::strtoul(argument, nullptr, 10));
-    if (option == "--most") most = std::strtol(argument, nullptr, 10);
-    if (option == "--policy") policy = argument;
-  }
+  bool list = false, first = false;
+  std::string policy, one, file;
 
-  tally all;
-  long calls = 0, failures = 0;
-  const auto start = std::chrono::steady_clock::now();
-  for (unsigned round = 0; round < arrays; ++round) {
-    const covering_problem problem = product_problem(families(), seed + round);
-    std::vector<levels> rows = covering_array(problem).rows();
-    const std::vector<levels> refused = refused_rows(families(), 12, seed + round);
+  /// False: it makes no sense.
+  bool read(int argc, char** argv) {
+    for (int i = 1; i < argc; ++i) {
+      const std::string option = argv[i];
+      if (option == "--list" || option == "--first") {
+        (option == "--list" ? list : first) = true;
+        continue;
+      }
+      if (++i == argc) return false;
+      const std::string argument = argv[i];
+      const auto number = [&] { return std::strtol(argument.c_str(), nullptr, 10); };
+      if (option == "--case") {
+        one = argument;
+      } else if (option == "--cases") {
+        file = argument;
+      } else if (option == "--policy") {
+        policy = argument;
+      } else if (option == "--seed") {
+        seed = static_cast<unsigned>(number());
+      } else if (option == "--arrays") {
+        arrays = static_cast<unsigned>(number());
+      } else if (option == "--most") {
+        most = number();
+      } else {
+        return false;
+      }
+    }
+    return true;
+  }
+};
+
+// The cases of a file, or the arrays' rows.
+std::optional<std::vector<scenario>> cases(const order& o) {
+  std::vector<scenario> all;
+  const auto add = [&](const std::string& text) {
+    const std::optional<scenario> s = named(text);
+    if (!s || !valid(*s)) {
+      std::printf("no such case: %s\n", text.c_str());
+      return false;
+    }
+    all.push_back(*s);
+    return true;
+  };
+  if (!o.one.empty()) return add(o.one) ? std::optional(all) : std::nullopt;
+  if (!o.file.empty()) {
+    std::ifstream in(o.file);
+    for (std::string word; in >> word;) {
+      if (!add(word)) return std::nullopt;
+    }
+    return all;
+  }
+  for (unsigned round = 0; round < o.arrays; ++round) {
+    std::vector<levels> rows = covering_array(product_problem(families(), o.seed + round)).rows();
+    const std::vector<levels> refused = refused_rows(families(), 12, o.seed + round);
     rows.insert(rows.end(), refused.begin(), refused.end());
-    std::mt19937 random(seed + round);
-    long of_array = 0;
+    std::mt19937 random(o.seed + round);
     for (const levels& row : rows) {
       scenario s;
       for (std::size_t a = 0; a < n_axes; ++a) s.level[a] = row[a];
       s.seed = static_cast<std::uint32_t>(random() % 1000000);
-      if (!policy.empty() && value(policy_axis, row[policy_axis]).find(policy) == std::string::npos) continue;
-      if (most >= 0 && of_array == most) break;
-      ++of_array, ++calls;
-      if (list) {
-        std::printf("%s %s\n", name(s).c_str(), text(s).c_str());
-      } else {
-        failures += !run(s, all);
-      }
+      if (value(policy_axis, row[policy_axis]).find(o.policy) != std::string::npos) all.push_back(s);
     }
   }
-  if (list) return 0;
-  const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-  bool holds = judge("target", all.outputs);
-  holds = judge("denominator", all.denominators) && holds;
-  // What is never sampled is not tested.
-  for (int a = 0; a < n_axes && most < 0 && policy.empty(); ++a) {
+  if (o.most >= 0 && all.size() > static_cast<std::size_t>(o.most)) all.resize(static_cast<std::size_t>(o.most));
+  return all;
+}
+
+// What is never sampled is not tested.
+bool all_sampled(tally& all) {
+  bool holds = true;
+  for (int a = 0; a < n_axes; ++a) {
     auto& by = all.sampled_by[a];
     by.resize(a == policy_axis ? policies().size() : axes()[static_cast<std::size_t>(a)].values.size());
     for (std::size_t level = 0; level < by.size(); ++level) {
@@ -157,6 +187,38 @@ int main(int argc, char** argv) {
       holds = false;
     }
   }
+  return holds;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  order o;
+  if (!o.read(argc, argv)) {
+    std::printf(
+        "product_tests [--arrays N] [--seed N] [--most N] [--policy PART OF A NAME] [--first] [--list]\n"
+        "product_tests --case SEED:LEVELS | --cases FILE [--first]\n");
+    return 2;
+  }
+  const auto all_cases = cases(o);
+  if (!all_cases) return 2;
+  if (o.list || !o.one.empty()) {
+    for (const scenario& s : *all_cases) std::printf("%s %s\n", name(s).c_str(), text(s).c_str());
+  }
+  if (o.list) return 0;
+  for (const int signal : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT}) std::signal(signal, say_which);
+  tally all;
+  long calls = 0, failures = 0;
+  const auto start = std::chrono::steady_clock::now();
+  for (const scenario& s : *all_cases) {
+    ++calls, failures += !run(s, all);
+    if (failures > 0 && o.first) return 1;
+  }
+  const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  const bool whole = o.one.empty() && o.file.empty() && o.most < 0 && o.policy.empty();
+  bool holds = judge("target", all.outputs);
+  holds = judge("denominator", all.denominators) && holds;
+  holds = (!whole || all_sampled(all)) && holds;
   std::printf("%ld calls, %ld wrong, largest error %.3g epsilon, %.1f s\n", calls, failures, all.largest, seconds);
   return failures == 0 && holds ? 0 : 1;
 }
