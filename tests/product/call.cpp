@@ -194,6 +194,10 @@ call::call(const scenario& s) : of(s), rows(rows_of(s)), audit(s[observer_axis] 
   if (s[rule_axis] == 1) settings.max_rounds = 2, settings.accept_last = true;
   if (s[rule_axis] == 2) settings.max_density = 1;
   key = {.seed = s.seed, .layer = 3, .step = 1000 + s.seed % 17};
+  // Without keys of their own sequences draw alike, and what fails for one fails for another.
+  for (index_t b = 0; b < d.batch; ++b)
+    keys.push_back({s.seed * 31ull + static_cast<std::uint64_t>(b) + 5, static_cast<std::uint32_t>(100 * b)});
+  if (d.batch > 1) key.sequences = keys;
   results = again = result_buffers(d, s);
   again = result_buffers(d, s);
 }

@@ -3,7 +3,7 @@
 
 #include <functional>
 #include <memory>
-#include <vattn/kv/view.hpp>
+#include <vattn/runtime/arguments.hpp>
 #include <vector>
 
 namespace vattn::product {
@@ -109,7 +109,12 @@ class any_kv {
         n_kv_heads_(cache.n_kv_heads()),
         dk_(cache.dk()),
         dv_(cache.dv()),
-        validate_([&cache] { return cache.validate(); }) {
+        in_order_(rows_in_order<std::remove_cvref_t<decltype(cache.head(0, 0))>>),
+        validate_([&cache] { return cache.validate(); }),
+        check_([&cache](const attention_options& o, const attention_result& r, const std::array<index_t, 4>& q) {
+          const float any = 0;
+          return check_call(tensor_view<const float, 4>(&any, q), cache, o, r);
+        }) {
     using head_type = std::remove_cvref_t<decltype(cache.head(0, 0))>;
     if (!cache.validate()) return;
     for (index_t b = 0; b < n_batch_; ++b) {
@@ -125,10 +130,18 @@ class any_kv {
     return {rows_[static_cast<std::size_t>(b * n_kv_heads_ + h)].get()};
   }
   [[nodiscard]] status validate() const noexcept { return validate_(); }
+  [[nodiscard]] bool in_order() const noexcept { return in_order_; }
+  /// What the cache's own type has against a call with q of such extents.
+  [[nodiscard]] status check(const attention_options& o, const attention_result& r,
+                             const std::array<index_t, 4>& q) const {
+    return check_(o, r, q);
+  }
 
  private:
   index_t n_batch_, n_kv_heads_, dk_, dv_;
+  bool in_order_;
   std::function<status()> validate_;
+  std::function<status(const attention_options&, const attention_result&, const std::array<index_t, 4>&)> check_;
   std::vector<std::shared_ptr<const any_rows>> rows_;
 };
 

@@ -10,7 +10,7 @@
 namespace vattn::product {
 
 template <class S, class A, class B, class T = budget::output>
-struct mix : default_policy {
+struct mixed : default_policy {
   using selector = S;
   using sampler = A;
   using bound = B;
@@ -19,15 +19,15 @@ struct mix : default_policy {
 
 template <class P>
 [[nodiscard]] constexpr family family_of() {
-  if constexpr (samples_from_store<P>) {
+  if constexpr (samples_a_store<typename P::sampler>) {
     return family::store;
-  } else if constexpr (samples_uniformly<P>) {
+  } else if constexpr (uniform_sampler<typename P::sampler>) {
     return family::uniform;
   } else if constexpr (P::bound::kind == guarantee::finite_sample) {
     return family::certified;
-  } else if constexpr (requires { requires P::sampler::two_phases; }) {
+  } else if constexpr (phased_sampler<typename P::sampler>) {
     return family::two_phases;
-  } else if constexpr (requires { requires P::sampler::shared; }) {
+  } else if constexpr (group_sampler<typename P::sampler>) {
     return family::group;
   } else {
     return family::importance;
@@ -73,7 +73,7 @@ template <class P, int place = -1>
 [[nodiscard]] policy_entry entry(std::string name) {
   static_assert(attention_policy<P>);
   policy_entry e{.name = std::move(name), .kind = family_of<P>()};
-  if constexpr (samples_uniformly<P>) e.with_replacement = P::sampler::with_replacement;
+  if constexpr (uniform_sampler<typename P::sampler>) e.with_replacement = P::sampler::with_replacement;
   e.promise = P::bound::kind, e.bound = P::bound::name, e.target = P::target::kind;
   e.run = run_policy<P, place>;
   return e;

@@ -9,17 +9,17 @@ void add_importance(policy_list& to) {
   using codes = select::indexed<fine_codes>;
   using fitted = select::calibrated<select::indexed<select::quest>>;
   using phases = select::two_phase<coarse_codes, sharp_codes>;
-  to.push_back(entry<mix<codes, by_importance, clt>, 1>("codes, by importance, clt"));
-  to.push_back(entry<mix<codes, by_group_importance, student>, 2>("codes, by group importance, student"));
-  to.push_back(entry<mix<phases, in_two_phases, clt>, 3>("two_phase, in two phases, clt"));
-  to.push_back(entry<mix<phases, in_two_phases, student>>("two_phase, in two phases, student"));
+  to.push_back(entry<mixed<codes, by_importance, clt>, 1>("codes, by importance, clt"));
+  to.push_back(entry<mixed<codes, by_group_importance, student>, 2>("codes, by group importance, student"));
+  to.push_back(entry<mixed<phases, in_two_phases, clt>, 3>("two_phase, in two phases, clt"));
+  to.push_back(entry<mixed<phases, in_two_phases, student>>("two_phase, in two phases, student"));
   to.push_back(
-      entry<mix<select::top_k<select::exact_logits>, by_importance, student>>("logits, by importance, student"));
+      entry<mixed<select::top_k<select::exact_logits>, by_importance, student>>("logits, by importance, student"));
   to.push_back(
-      entry<mix<select::top_k<select::exact_logits>, by_group_importance, clt>>("logits, by group importance, clt"));
-  to.push_back(entry<mix<fitted, by_importance, clt>>("calibrated, by importance, clt"));
+      entry<mixed<select::top_k<select::exact_logits>, by_group_importance, clt>>("logits, by group importance, clt"));
+  to.push_back(entry<mixed<fitted, by_importance, clt>>("calibrated, by importance, clt"));
   to.back().pilots = true;
-  to.push_back(entry<mix<fitted, by_group_importance, student>>("calibrated, by group importance, student"));
+  to.push_back(entry<mixed<fitted, by_group_importance, student>>("calibrated, by group importance, student"));
   to.back().pilots = true;
 }
 

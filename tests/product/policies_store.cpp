@@ -5,7 +5,7 @@ namespace vattn::product {
 
 void add_store(policy_list& to) {
   to.push_back(entry<store_policy, 5>("store_policy"));
-  to.push_back(entry<mix<select::none, sample::from_store, budget::student>, 6>("none, from store, student"));
+  to.push_back(entry<mixed<select::none, sample::from_store, budget::student>, 6>("none, from store, student"));
 }
 
 const policy_list& policies() {

@@ -102,6 +102,7 @@ struct call {
   std::vector<float> slopes, sinks;
   attention_options options;
   config settings;
+  std::vector<sequence_key> keys;
   draw_key key;
   row_order order;  ///< of the cache's rows
 
@@ -175,6 +176,12 @@ void perform(const KV& given, call& c) {
   const tensor_view<const Q, 4> q = c.query<Q>();
   const bool watched = c.of[observer_axis] != nobody;
   any_observer observer{watched ? &c.audit : nullptr};
+  if constexpr (std::is_same_v<KV, any_kv>) {  // which cannot say so of its heads
+    if (!cache.in_order()) {
+      c.returned = cache.check(c.options, c.results.view(), c.q_extents);
+      if (!c.returned) return;
+    }
+  }
 
   using executor_type = std::conditional_t<typed, chosen_executor, any_executor>;
   const auto once = [&](const attention_result& to, executor_type& exec, workspace& memory, bool audited) {
