@@ -7,9 +7,9 @@ namespace {
 
 template <class S, class B, class T, class A>
 void add(policy_list& to, const char* name) {
-  const std::string mixed = std::string(name) + ", uniform" + (A::with_replacement ? " with replacement, " : ", ") +
-                            B::name + ", " + to_string(T::kind);
-  to.push_back(entry<mixed<S, A, B, T>>(mixed));
+  const std::string text = std::string(name) + ", uniform" + (A::with_replacement ? " with replacement, " : ", ") +
+                           B::name + ", " + to_string(T::kind);
+  to.push_back(entry<mixed<S, A, B, T>>(text));
   to.back().pilots = std::string(name) == "calibrated";
 }
 

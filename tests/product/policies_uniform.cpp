@@ -9,9 +9,9 @@ using sample::uniform_with_replacement, sample::uniform_without_replacement;
 
 template <class S, class B, class T, class A>
 void add(policy_list& to, const char* name) {
-  const std::string mixed = std::string(name) + ", uniform" + (A::with_replacement ? " with replacement, " : ", ") +
-                            B::name + ", " + to_string(T::kind);
-  to.push_back(entry<mixed<S, A, B, T>>(mixed));
+  const std::string text = std::string(name) + ", uniform" + (A::with_replacement ? " with replacement, " : ", ") +
+                           B::name + ", " + to_string(T::kind);
+  to.push_back(entry<mixed<S, A, B, T>>(text));
 }
 
 }  // namespace
