@@ -32,6 +32,15 @@
 #define VATTN_ALWAYS_INLINE inline
 #endif
 
+// Before functions that kernels on a GPU call too: nothing where the compiler is a host's.
+#if !defined(VATTN_FN)
+#if defined(__CUDACC__) || defined(__HIPCC__)
+#define VATTN_FN __host__ __device__
+#else
+#define VATTN_FN
+#endif
+#endif
+
 // Debug-only preconditions inside kernels. They never guard a caller's input: that is `status`' job.
 #if !defined(VATTN_CHECKS)
 #if defined(NDEBUG)

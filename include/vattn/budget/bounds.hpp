@@ -9,17 +9,9 @@
 
 #include "vattn/budget/quantile.hpp"
 #include "vattn/config.hpp"
+#include "vattn/stats/promise.hpp"
 
 namespace vattn {
-
-/// What kind of promise a radius is.
-enum class guarantee : std::uint8_t {
-  none,           ///< no statement (top-k alone, windows alone)
-  asymptotic,     ///< holds as the sample grows; relies on the sample having seen the tails
-  finite_sample,  ///< holds at this sample size, given ranges that are known
-  deterministic,  ///< certain: known bounds make all unread tokens negligible
-  exact,          ///< every row was read
-};
 
 /// What is known of a residual of `population` terms X_i (scalars or vectors) of which some are sampled,
 /// and of the estimate population·mean of their sum.

@@ -1,21 +1,12 @@
 // What one query of one head was promised, and what it cost.
 #pragma once
 
-#include <cmath>
+#include <limits>
 
-#include "vattn/budget/bounds.hpp"
 #include "vattn/config.hpp"
+#include "vattn/stats/promise.hpp"
 
 namespace vattn {
-
-/// What the promise is about.
-enum class target_kind : std::uint8_t { none, denominator, numerator, sdpa, output };
-
-/// What ε is relative to.
-enum class error_scale : std::uint8_t {
-  output,  ///< ‖o‖
-  rms,     ///< root mean square of the attended values, sqrt(Σ x‖v‖²/D): where values cancel
-};
 
 /// Plain data; valid for the one (query, head) it was made for. Lengths are rows of the cache.
 struct certificate {
