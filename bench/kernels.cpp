@@ -143,7 +143,7 @@ double vary(double delta, std::int64_t i) { return delta * (1 + 1e-6 * static_ca
 void f_quantile(benchmark::State& state) {
   const auto nu1 = static_cast<double>(state.range(0)), nu2 = static_cast<double>(state.range(1));
   std::int64_t i = 0;
-  for (auto _ : state) benchmark::DoNotOptimize(budget::squared_error_quantile(vary(0.1, ++i), nu1, nu2));
+  for (auto _ : state) benchmark::DoNotOptimize(stats::squared_error_quantile(vary(0.1, ++i), nu1, nu2));
 }
 BENCHMARK(f_quantile)->ArgNames({"nu1", "nu2"})->ArgsProduct({{1, 10, 100}, {5, 50, 1000, 100000}});
 

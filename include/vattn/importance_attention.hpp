@@ -14,6 +14,7 @@
 #include "vattn/sample/importance.hpp"
 #include "vattn/select/score_check.hpp"
 #include "vattn/select/selector.hpp"
+#include "vattn/stats/certify.hpp"
 
 namespace vattn {
 
@@ -60,16 +61,6 @@ struct importance_head {
   [[nodiscard]] double wanted(index_t i) const noexcept { return pi.probability(i, share, floor, offset); }
   [[nodiscard]] double entered(index_t i) const noexcept {
     return pi.probability(i, entered_share, entered_floor, entered_offset);
-  }
-
-  /// r² with r² = q·(V̂ + skew·r), q the quantile of r²/V̂: an error of r comes with a V̂ that is that much too small.
-  [[nodiscard]] static double squared_radius(double variance, double dimension, double dof, double skew, index_t rows,
-                                             double delta) noexcept {
-    if (variance == 0) return 0;
-    const double square = budget::squared_radius<B>(variance, dimension, dof, static_cast<double>(rows), delta);
-    const double half = square / variance * skew / 2;
-    const double r = half + std::sqrt(half * half + square);
-    return r * r;
   }
 
   /// Scores, probabilities, and the rows that are read for certain. False: see head_task::ok.
@@ -124,14 +115,11 @@ struct importance_head {
     certificate& c = task.c;
     const std::span<weighted_row> rows = s.weighted.first(static_cast<std::size_t>(count));
     for (weighted_row& r : rows) r.probability = static_cast<float>(probability(index_t{r.place}));
-    const weighted_estimate e =
+    const stats::evidence e =
         estimate_weighted(task.row, task.tokens, rows, exact, task.state, s.centre, s.moments, task.stream.fork(1));
     if (!std::isfinite(e.denominator) || !std::isfinite(e.output2) || !std::isfinite(e.power)) return false;
-
-    const double scale2 =
-        settings.scale == error_scale::rms ? e.power : std::max(e.output2 - e.variance, e.output2 / 4);
-    const double error2 = squared_radius(e.variance, e.dimension, e.dof, e.skew, count, settings.delta);
-    const double goal2 = settings.epsilon * settings.epsilon * scale2;
+    stats::promise asked{settings.epsilon, settings.delta, settings.scale, shape.kappa};
+    const stats::verdict v = stats::judge<B>(e, asked);
     // A token that is missed although it may move the output by f must cost at most κ·ε·T. What moves it is
     // x‖v − ô‖, at most x(r + ‖ô − centre‖).
     const kernel::const_float_map o(s.centre.data(), static_cast<Eigen::Index>(s.centre.size()));
@@ -140,28 +128,21 @@ struct importance_head {
     // Near the cap less: there only samples stop that look better than they are, and what makes them look so is a
     // token that they miss.
     const double room = static_cast<double>(count) / (settings.max_density * static_cast<double>(frame.n));
-    const double kappa = shape.kappa * (1 - 0.6 * std::min(1.0, room));
-    const double log_needed = -e.reference - std::log(kappa * std::sqrt(goal2) * e.denominator);
+    asked.hidden *= 1 - 0.6 * std::min(1.0, room);
+    const double log_needed = -e.reference - std::log(stats::missable(e, asked));
     const double needed = std::exp(pi.top() + log_needed);
-    const bool verified = error2 <= goal2;
     task.log_floor = std::max(task.log_floor, log_needed);
     task.offset = std::max(task.offset, away);
     const bool covered = floor >= 0.8 * needed && offset >= 0.8 * away;
     const bool kept = frame.log_floor >= std::log(0.8) + log_needed && frame.offset >= 0.8 * away;
-    if (verified && covered && kept) {
-      c.rows_exact = settings.sinks + settings.window + e.certain;
-      c.rows_sampled = count - e.certain + scoring_rows;
-      c.budget = count - e.certain;
-      // The floors are made for ε: of smaller errors they say nothing, nor does a sample whose rows are all certain,
-      // unless it is all there is.
-      const bool all = settings.sinks + settings.window + count == frame.n;
-      c.epsilon_achieved =
-          all ? 0 : settings.epsilon * std::max(goal2 > 0 ? std::sqrt(error2 / goal2) : 0, shape.kappa);
-      c.denominator_error =
-          std::sqrt(squared_radius(e.denominator_variance, e.dimension, e.dof, 0, count, settings.delta));
-      c.coherence = e.power > 0 ? std::sqrt(e.output2 / e.power) : 0;
-      c.promise = B::kind, c.bound = B::name;
-      c.assumptions = "asymptotic, as stated by the bound; and the scores' stated errors are true";
+    if (v.met && covered && kept) {
+      stats::certify(c, e, v,
+                     {.rows_exact = settings.sinks + settings.window + e.certain,
+                      .rows_sampled = count - e.certain + scoring_rows,
+                      .budget = count - e.certain,
+                      .kind = B::kind,
+                      .bound = B::name,
+                      .assumptions = "asymptotic, as stated by the bound; and the scores' stated errors are true"});
       if (s.chosen) {
         s.chosen.clear();
         s.chosen.add_ends(task.tokens, settings.sinks, settings.window);
@@ -171,10 +152,11 @@ struct importance_head {
     }
     floor = std::max(floor, needed);
     offset = std::max(offset, away);
-    if (verified) return true;
+    if (v.met) return true;
     // The least share of which the sample itself predicts enough, with its rows standing for those to come:
     // V' = Σ (1 − π')/(π'π)‖Y‖², and Σt'² = Σ (1 − π')²/(π'³π)‖Y‖⁴ for the new ν₂.
     constexpr double aim = 0.985 * 0.985;
+    const double goal2 = stats::squared_goal(e, asked);
     const auto enough = [&](double next) {
       double variance = 0, fourth = 0;
       for (const weighted_row& r : rows) {
@@ -186,7 +168,8 @@ struct importance_head {
       }
       const double dof = fourth > 0 ? 2 * variance * variance / fourth : e.dof;
       const double skew = e.variance > 0 ? e.skew * variance / e.variance : 0;  // of 1/π², as is t against V's 1/π
-      return squared_radius(variance, e.dimension, dof, skew, count, settings.delta) <= aim * goal2;
+      return stats::squared_radius<B>(variance, skew, {e.dimension, dof, static_cast<double>(count)}, settings.delta) <=
+             aim * goal2;
     };
     double low = 1.03 * share, high = 4 * share;
     for (int i = 0; i < 8; ++i) {

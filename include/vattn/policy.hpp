@@ -1,7 +1,6 @@
 // The four slots of vattention<Policy>, their defaults, and the paper's configurations by name.
 #pragma once
 
-#include "vattn/budget/bounds.hpp"
 #include "vattn/budget/output.hpp"
 #include "vattn/budget/targets.hpp"
 #include "vattn/configuration.hpp"
@@ -14,7 +13,7 @@ namespace vattn {
 
 /// selector: which tokens are read exactly   (selector_for,     select/selector.hpp)
 /// sampler:  which of the rest are read      (uniform_sampler,  sample/uniform.hpp)
-/// bound:    how far a sampled sum may be off (bound,           budget/bounds.hpp)
+/// bound:    how far a sampled sum may be off (bound,           stats/bounds.hpp)
 /// target:   what must hold at (ε, δ)        (target_for,       budget/targets.hpp)
 /// Derive and redefine what you change. Which go together: `attention_policy` below.
 struct default_policy {

@@ -418,14 +418,14 @@ class store_sampler {
   }
 
   [[nodiscard]] double squared_radius(double variance, double dimension, double dof) const noexcept {
-    return budget::squared_radius<B>(variance, dimension, dof, 1e6, settings_.delta);
+    return stats::squared_radius<B>(variance, 0, {dimension, dof, 1e6}, settings_.delta);
   }
 
   // squared_radius(1, dimension, ∞), by Wilson and Hilferty's cube root: for plans, which need no more.
   [[nodiscard]] double known_variance_radius2(double dimension) const noexcept {
-    if (dimension < 3) return squared_radius(1, dimension, 1e4);
+    if (dimension < 3) return squared_radius(1, dimension, stats::infinity);
     const double spread = 2 / (9 * dimension);
-    const double root = 1 - spread + budget::normal_quantile(1 - settings_.delta) * std::sqrt(spread);
+    const double root = 1 - spread + stats::normal_quantile(1 - settings_.delta) * std::sqrt(spread);
     return root * root * root;
   }
 

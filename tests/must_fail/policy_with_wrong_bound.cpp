@@ -7,8 +7,8 @@ struct my_bound {
   static constexpr const char* name = "mine";
   static constexpr const char* assumptions = "asymptotic: mine";
 #endif
-  static double radius(const vattn::sum_evidence& e, double m, double delta) noexcept {
-    return vattn::budget::clt::radius(e, m, delta);
+  static double squared_quantile(const vattn::stats::error_shape& e, double delta) noexcept {
+    return vattn::budget::clt::squared_quantile(e, delta);
   }
 };
 

@@ -50,11 +50,11 @@ struct output {
     const double guard = unseen_term(l, l.order.bound());
     add_unseen(evidence, guard, l.settings.delta);
 
-    const double mean_square = evidence.population * evidence.population * evidence.variance / e.sampled *
-                               finite_population(evidence, e.sampled);
+    const double mean_square =
+        evidence.population * evidence.population * evidence.variance / e.sampled * evidence.unread(e.sampled);
     const double scale = std::sqrt(squared_scale(l, mean_square));
     verdict v;
-    const double radius = B::radius(evidence, e.sampled, l.settings.delta);
+    const double radius = sum_radius<B>(evidence, e.sampled, l.settings.delta);
     v.epsilon_achieved = radius == 0 ? 0 : radius / scale;  // what is not a number is not met
     v.met = v.epsilon_achieved <= l.settings.epsilon;
     v.next = v.met ? split{l.order.count(), static_cast<index_t>(e.sampled)}
@@ -83,7 +83,7 @@ struct output {
     j.radius =
         l.contribution(l.order.bound()) * reach(
                                               l, [&](std::size_t i) { return double{l.moments.centre()[i]}; }, s);
-    const double error = B::radius(j, e.sampled, level<B>(l.settings));
+    const double error = sum_radius<B>(j, e.sampled, level<B>(l.settings));
     const double denominator = e.denominator - error / s;
     if (!(denominator > 0)) return v;
     const double away = std::sqrt(1 + e.u2 / (s * s)) * error / denominator;
@@ -105,7 +105,8 @@ struct output {
   // them with probability e^{−λ}: as likely as δ at λ = ln(1/δ), and then the error is λ terms in one direction. So
   // many terms count as seen that the quantile of one dimension, z, covers that: z·sqrt(count) = λ.
   static void add_unseen(sum_evidence& s, double guard, double delta) noexcept {
-    const double count = std::max(1.0, std::pow(std::log(1 / delta), 2) / squared_error_quantile(delta, 1, 1e4));
+    const double count =
+        std::max(1.0, std::pow(std::log(1 / delta), 2) / stats::squared_error_quantile(delta, 1, stats::infinity));
     const double seen = s.variance, unseen = count * guard * guard / s.sampled;
     s.variance = seen + unseen;
     if (!(unseen > 0)) return;

@@ -5,11 +5,11 @@
 #include <cmath>
 #include <span>
 
-#include "vattn/budget/bounds.hpp"
 #include "vattn/certify/certificate.hpp"
 #include "vattn/configuration.hpp"
 #include "vattn/estimate/residual.hpp"
 #include "vattn/select/selector.hpp"
+#include "vattn/stats/judge.hpp"
 
 namespace vattn {
 
@@ -57,6 +57,8 @@ concept target_for = bound<Bound> && requires(const look& l, index_t n, const co
 };
 
 namespace budget {
+
+using stats::sum_evidence, stats::sample_size, stats::sum_radius;
 
 /// With a contribution ranking every residual x·sqrt(‖v − p‖² + s²) is at most exp(k-th score) times this:
 /// the largest sqrt(((t + r)² + s²)/(t² + offset²)) over t = ‖v − centre‖ >= 0, r = ‖p − centre‖. At the
@@ -116,7 +118,7 @@ template <bound B>
 template <bound B>
 [[nodiscard]] double denominator_error(const look& l) noexcept {
   const sum_evidence d = denominator_evidence(l);
-  return B::radius(d, d.sampled, l.settings.delta) / l.now.denominator;
+  return sum_radius<B>(d, d.sampled, l.settings.delta) / l.now.denominator;
 }
 
 /// Terms x·v of the numerator.
@@ -169,7 +171,7 @@ struct denominator : pilot_then_budget {
   [[nodiscard]] static verdict judge(const look& l) noexcept {
     const sum_evidence d = denominator_evidence(l);
     const double D = l.now.denominator;
-    return conclude<B>(l, B::radius(d, d.sampled, level<B>(l.settings)) / D,
+    return conclude<B>(l, sum_radius<B>(d, d.sampled, level<B>(l.settings)) / D,
                        sample_size<B>(d, l.settings.epsilon * D, level<B>(l.settings)));
   }
 };
@@ -183,7 +185,8 @@ struct numerator : pilot_then_budget {
     const sum_evidence n = numerator_evidence(l);
     const double norm = std::sqrt(l.now.output2) * l.now.denominator;
     return conclude<B>(
-        l, norm > 0 ? B::radius(n, n.sampled, level<B>(l.settings)) / norm : std::numeric_limits<double>::infinity(),
+        l,
+        norm > 0 ? sum_radius<B>(n, n.sampled, level<B>(l.settings)) / norm : std::numeric_limits<double>::infinity(),
         sample_size<B>(n, l.settings.epsilon * norm, level<B>(l.settings)));
   }
 };
@@ -200,7 +203,7 @@ struct sdpa : pilot_then_budget {
     const double D = l.now.denominator, norm = std::sqrt(l.now.output2) * D;
     const double delta = level<B>(l.settings);
     const auto output_error = [&](double m, double share) {
-      const double e1 = B::radius(n, m, share * delta) / norm, e2 = B::radius(d, m, (1 - share) * delta) / D;
+      const double e1 = sum_radius<B>(n, m, share * delta) / norm, e2 = sum_radius<B>(d, m, (1 - share) * delta) / D;
       return e2 < 1 && norm > 0 ? (e1 + e2) / (1 - e2) : std::numeric_limits<double>::infinity();
     };
     const auto rows = [&](double share) {

@@ -1,15 +1,14 @@
-// Estimates from rows of unequal probability: the weighted sums, and how far off they may be.
+// The estimate from rows of unequal probability, and how far off it may be.
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <cmath>
-#include <limits>
 #include <span>
 
 #include "vattn/estimate/state.hpp"
 #include "vattn/kv/query.hpp"
 #include "vattn/sample/philox.hpp"
+#include "vattn/stats/evidence.hpp"
 
 namespace vattn {
 
@@ -21,50 +20,21 @@ struct weighted_row {
   float spread;  ///< ‖Y‖², Y = x(v − ô)/D̂, of the last look
 };
 
-/// The Hájek estimate ô = Σ x v/π / Σ x/π and the distribution of its linearised error
-/// Σ (1{i in S}/π_i − 1) Y_i: independent terms of variance (1 − π)/π·‖Y‖².
-struct weighted_estimate {
-  double reference = 0;                                  ///< logit
-  double denominator = 0;                                ///< D̂ relative to it
-  double denominator_variance = 0;                       ///< of D̂, relative to D̂²
-  double output2 = 0;                                    ///< ‖ô‖²
-  double power = 0;                                      ///< Σ x‖v‖²/π / D̂
-  double variance = 0;                                   ///< V̂ = Σ t, t = (1 − π)/π²·‖Y‖²
-  double dimension = 1;                                  ///< ν₁
-  double dof = std::numeric_limits<double>::infinity();  ///< ν₂ = 2V̂²/Σt²
-  /// ‖Cov(V̂, error)‖/V̂: a sample that lacks rows of one side is off to the other, and its V̂ is too small by `skew`
-  /// times the error.
-  double skew = 0;
-  index_t certain = 0;  ///< rows of probability 1
-};
-
-/// Groups to whose signed sums the rows are dealt, for Tr(Σ²).
-inline constexpr std::size_t weighted_groups = 16;
-
-/// group += z·(value − centre); returns ‖value − centre‖².
-template <kernel::row R>
-[[nodiscard]] double add_deviation(const R& value, std::span<const float> centre, float z, float* group,
-                                   std::span<float> scratch) noexcept {
-  using kernel::load;
-  const auto n = static_cast<Eigen::Index>(centre.size());
-  load(value, scratch.data());
-  kernel::float_map y(scratch.data(), n);
-  y -= kernel::const_float_map(centre.data(), n);
-  kernel::float_map(group, n) += z * y;
-  return static_cast<double>(y.squaredNorm());
+/// Floats that `estimate_weighted` needs for values of dv elements.
+[[nodiscard]] constexpr std::size_t weighted_storage(std::size_t dv) noexcept {
+  return static_cast<std::size_t>(stats::sample_sums::storage(1, stats::most_groups) + 2) * dv;
 }
 
-/// `exact` holds the rows that are no part of `rows`, with power. Writes ô to `output` [dv] and each row's
-/// spread; `groups` is scratch, [(weighted_groups + 2)·dv]. The rows' values are read twice. `state` receives the
-/// whole estimate: its finished output is ô, its log-sum-exp log D̂.
+/// The Hájek estimate ô = Σ x v/π / Σ x/π with its evidence. `exact` holds the rows that are no part of `rows`, with
+/// power. Writes ô to `output` [dv] and each row's spread; `storage` [weighted_storage(dv)]. The rows' values are read
+/// twice: the second time about ô itself, where the evidence is exact. `state` receives the whole estimate: its
+/// finished output is ô, its log-sum-exp log D̂.
 template <kv_head Head>
-[[nodiscard]] weighted_estimate estimate_weighted(const query_row<Head>& row, const population& tokens,
-                                                  std::span<weighted_row> rows, const softmax_state& exact,
-                                                  softmax_state& state, std::span<float> output,
-                                                  std::span<float> groups, random_stream signs) noexcept {
+[[nodiscard]] stats::evidence estimate_weighted(const query_row<Head>& row, const population& tokens,
+                                                std::span<weighted_row> rows, const softmax_state& exact,
+                                                softmax_state& state, std::span<float> output, std::span<float> storage,
+                                                random_stream signs) noexcept {
   using kernel::axpy, kernel::load, kernel::squared_norm;
-  const auto n = static_cast<Eigen::Index>(output.size());
-  weighted_estimate e;
   float reference = exact.max_logit();
   for (const weighted_row& r : rows) reference = std::max(reference, r.logit);
   state.clear();
@@ -76,55 +46,37 @@ template <kv_head Head>
     state.add_denominator(x);
     state.add_power(x * static_cast<double>(squared_norm(value)));
     axpy(static_cast<float>(x), value, state.numerator().data());
-    e.certain += r.probability >= 1;
   }
-  e.reference = reference;
-  e.denominator = state.denominator();
-  e.power = state.power() / e.denominator;
   static_cast<void>(state.finish(output));
-  e.output2 = static_cast<double>(kernel::const_float_map(output.data(), n).squaredNorm());
 
-  // Signs make the groups' sums Z_g of z = sqrt(1 − π)/π·Y unbiased for both traces: E (Z_g·Z_h)² = Σ_{i in g, j in h}
-  // (z_i·z_j)² and E ‖Z_g‖²‖Z_h‖² = Σ ‖z_i‖²‖z_j‖².
-  std::fill(groups.begin(), groups.end(), 0.0f);
-  double fourth = 0;
-  std::size_t g = 0;
-  std::uint32_t coins = 0, left = 0;
-  const std::span<float> deviation = groups.subspan(weighted_groups * output.size(), output.size());
-  kernel::float_map third(groups.data() + (weighted_groups + 1) * output.size(), n);  // Cov(V̂, error)
+  const std::size_t dv = output.size();
+  float *value = storage.data(), *offset = value + dv;
+  std::fill_n(offset, dv, 0.0f);
+  stats::sample_sums sums{{}, offset + dv, static_cast<index_t>(dv), stats::most_groups};
+  sums.clear();
+  sums.raise(static_cast<double>(reference));
+  const std::uint64_t key = (std::uint64_t{signs.next()} << 32) | signs.next();
+  index_t certain = 0;
   for (weighted_row& r : rows) {
-    if (r.probability >= 1) continue;
-    if (left == 0) coins = signs.next(), left = 32;
-    const double x = std::exp(r.logit - reference) / e.denominator, p = static_cast<double>(r.probability);
-    const double root = std::sqrt(1 - p) / p;
-    const auto z = static_cast<float>((coins & 1 ? x : -x) * root);
-    coins >>= 1, --left;
-    const double norm2 =
-        add_deviation(row.value(tokens[r.place]), output, z, groups.data() + g * output.size(), deviation);
-    g = (g + 1) % weighted_groups;
-    r.spread = static_cast<float>(x * x * norm2);
-    const double t = root * root * x * x * norm2;
-    e.variance += t;
-    fourth += t * t;
-    e.denominator_variance += root * root * x * x;
-    third += static_cast<float>(t * x * (1 - p) / p) * kernel::const_float_map(deviation.data(), n);
-  }
-  if (e.variance > 0) e.skew = static_cast<double>(third.norm()) / e.variance;
-  if (fourth > 0) e.dof = 2 * e.variance * e.variance / fourth;
-  // 1/ν₁ is the mean squared cosine between groups' sums, weighted by their lengths: exactly 1 in one dimension,
-  // where Tr(Σ)² from the rows over Tr(Σ²) from sixteen sums would scatter far above it.
-  std::array<double, weighted_groups> length2{};
-  double product = 0, aligned = 0;
-  for (std::size_t a = 0; a < weighted_groups; ++a) {
-    const kernel::const_float_map za(groups.data() + a * output.size(), n);
-    length2[a] = static_cast<double>(za.squaredNorm());
-    for (std::size_t b = 0; b < a; ++b) {
-      const double dot = static_cast<double>(za.dot(kernel::const_float_map(groups.data() + b * output.size(), n)));
-      product += length2[a] * length2[b];
-      aligned += dot * dot;
+    if (r.probability >= 1) {
+      ++certain;
+      continue;
     }
+    load(row.value(tokens[r.place]), value);
+    const double norm2 =
+        sums.add(r.logit, value, output.data(), stats::poisson_row(1 / static_cast<double>(r.probability)),
+                 stats::deal(key, r.place, sums.groups));
+    const double x = std::exp(r.logit - reference) / state.denominator();
+    r.spread = static_cast<float>(x * x * norm2);
   }
-  if (aligned > 0) e.dimension = std::clamp(product / aligned, 1.0, static_cast<double>(n));
+  stats::centre_products centre;
+  for (const float o : output) centre.add(0, o);
+  stats::sum_products products;
+  products.add(sums, offset, output.data());
+  stats::evidence e = stats::conclude(sums.s, products, nullptr, nullptr, {}, centre, state.denominator() - sums.s.x,
+                                      sums.groups, sums.dv);
+  e.power = state.power() / state.denominator();  // with that of the certain rows, which have no part in the rest
+  e.rows += certain, e.certain = certain;
   return e;
 }
 

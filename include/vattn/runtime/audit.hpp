@@ -5,7 +5,7 @@
 #include <cmath>
 #include <cstdio>
 #include <string>
-#include <unsupported/Eigen/SpecialFunctions>
+
 
 #include "vattn/estimate/exact.hpp"
 #include "vattn/runtime/call.hpp"
@@ -55,7 +55,7 @@ struct audit_report {
   [[nodiscard]] double upper_tail(std::uint64_t k, double p) const noexcept {
     if (k == 0 || p >= 1) return 1;
     if (k > audited || p <= 0) return 0;
-    return Eigen::numext::betainc(static_cast<double>(k), static_cast<double>(audited - k + 1), p);
+    return stats::incomplete_beta(static_cast<double>(k), static_cast<double>(audited - k + 1), p);
   }
   template <class Below>
   [[nodiscard]] static double solve(Below&& below) noexcept {

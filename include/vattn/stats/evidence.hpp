@@ -60,25 +60,17 @@ struct sum_products {
   double zz[most_groups * (most_groups + 1) / 2] = {};  ///< a >= b at a(a + 1)/2 + b
 
   VATTN_FN void add(const sample_sums& of, const float* u, const float* centre, lanes mine = {}) noexcept {
-    for (index_t j = mine.first; j < of.dv; j += mine.step) {
-      const double n = of.vector(0)[j], b = of.vector(1)[j], h = of.vector(2)[j], uj = u[j], c = centre[j];
-      nn += n * n, nu += n * uj, nc += n * c, bb += b * b, bu += b * uj, bc += b * c;
-      hb += h * b, hu += h * uj, hh += h * h;
-    }
-    for (int a = 0; a < of.groups; ++a) {
-      const float* za = of.vector(3 + a);
-      for (index_t j = mine.first; j < of.dv; j += mine.step) {
-        const double z = za[j];
-        zu[a] += z * static_cast<double>(u[j]), zn[a] += z * static_cast<double>(of.vector(0)[j]);
-        zb[a] += z * static_cast<double>(of.vector(1)[j]), zh[a] += z * static_cast<double>(of.vector(2)[j]);
-      }
-      for (int b = 0; b <= a; ++b) {
-        const float* other = of.vector(3 + b);
-        double sum = 0;
-        for (index_t j = mine.first; j < of.dv; j += mine.step)
-          sum += static_cast<double>(za[j]) * static_cast<double>(other[j]);
-        zz[a * (a + 1) / 2 + b] += sum;
-      }
+    const auto dot = [&](const float* x, const float* y) {
+      return detail::striped_sum(mine.first, of.dv, mine.step,
+                                 [=](index_t j) { return static_cast<double>(x[j]) * static_cast<double>(y[j]); });
+    };
+    const float *n = of.vector(0), *b = of.vector(1), *h = of.vector(2);
+    nn += dot(n, n), nu += dot(n, u), nc += dot(n, centre), bb += dot(b, b), bu += dot(b, u), bc += dot(b, centre);
+    hb += dot(h, b), hu += dot(h, u), hh += dot(h, h);
+    for (int g = 0; g < of.groups; ++g) {
+      const float* z = of.vector(3 + g);
+      zu[g] += dot(z, u), zn[g] += dot(z, n), zb[g] += dot(z, b), zh[g] += dot(z, h);
+      for (int o = 0; o <= g; ++o) zz[g * (g + 1) / 2 + o] += dot(z, of.vector(3 + o));
     }
   }
   /// Adds those of other elements.
@@ -127,21 +119,20 @@ struct stratum_evidence {
   // The signed groups, moved from c to ô, and from 0 to the mean of a uniform sample: Z − α u − β N.
   double product = 0, aligned = 0, along = 0, length = 0;
   double alpha[most_groups], beta[most_groups], length2[most_groups];
+  const auto moved = [&](int a, int b) {  // a >= b
+    return p.zz[a * (a + 1) / 2 + b] - alpha[b] * p.zu[a] - alpha[a] * p.zu[b] - beta[b] * p.zn[a] - beta[a] * p.zn[b] +
+           alpha[a] * alpha[b] * c.uu + beta[a] * beta[b] * p.nn + (alpha[a] * beta[b] + alpha[b] * beta[a]) * p.nu;
+  };
   for (int a = 0; a < groups; ++a) {
     beta[a] = share * s.signed_one[a];
     alpha[a] = s.signed_x[a] - beta[a] * s.x;
     along += p.zu[a] * p.zu[a];
     length += p.zz[a * (a + 1) / 2 + a];
-    for (int b = 0; b <= a; ++b) {
-      const double dot = p.zz[a * (a + 1) / 2 + b] - alpha[b] * p.zu[a] - alpha[a] * p.zu[b] - beta[b] * p.zn[a] -
-                         beta[a] * p.zn[b] + alpha[a] * alpha[b] * c.uu + beta[a] * beta[b] * p.nn +
-                         (alpha[a] * beta[b] + alpha[b] * beta[a]) * p.nu;
-      if (a == b) {
-        length2[a] = larger(0, dot);
-      } else {
-        product += length2[a] * length2[b];
-        aligned += dot * dot;
-      }
+    length2[a] = larger(0, moved(a, a));
+    for (int b = 0; b < a; ++b) {
+      const double dot = moved(a, b);
+      product += length2[a] * length2[b];
+      aligned += dot * dot;
     }
   }
   // 1/ν₁ is the mean squared cosine between groups' sums, weighted by their lengths: exactly 1 in one dimension, where

@@ -102,6 +102,23 @@ VATTN_FN inline double add_scalars(scalar_sums& s, double logit, double rho, con
   return x;
 }
 
+namespace detail {
+/// Σ f(j) over j = first, first + step, … below n, in eight partial sums: a compiler may not reorder one of floats.
+template <class F>
+[[nodiscard]] VATTN_FN inline double striped_sum(index_t first, index_t n, index_t step, F&& f) noexcept {
+  using term = decltype(f(first));
+  term part[8] = {};
+  const index_t count = first < n ? (n - first + step - 1) / step : 0, whole = count / 8 * 8;
+  for (index_t k = 0; k < whole; k += 8) {
+    for (index_t i = 0; i < 8; ++i) part[i] += f(first + (k + i) * step);
+  }
+  double sum = 0;
+  for (index_t k = whole; k < count; ++k) sum += static_cast<double>(f(first + k * step));
+  for (const term t : part) sum += static_cast<double>(t);
+  return sum;
+}
+}  // namespace detail
+
 /// The elements of a vector that one thread of several takes: all of them, or those of one lane.
 struct lanes {
   index_t first = 0, step = 1;
@@ -132,28 +149,29 @@ struct sample_sums {
     s.reference = logit;
   }
 
-  /// Adds a row; `value` and `centre` [dv].
-  VATTN_FN void add(double logit, const float* value, const float* centre, const row_weight& q, dealt to) noexcept {
+  /// Adds a row and returns ‖v − c‖²; `value` and `centre` [dv].
+  VATTN_FN double add(double logit, const float* value, const float* centre, const row_weight& q, dealt to) noexcept {
     // x up to e^8 keeps Σ x⁴ far inside double, and Σ x³ρ inside float.
     if (!(logit <= s.reference + 8)) raise(logit);
-    double rho = 0;
-    for (index_t j = 0; j < dv; ++j) {
-      const double r = static_cast<double>(value[j]) - static_cast<double>(centre[j]);
-      rho += r * r;
-    }
+    const double rho = detail::striped_sum(0, dv, 1, [&](index_t j) {
+      const float r = value[j] - centre[j];
+      return r * r;
+    });
     const double x = add_scalars(s, logit, rho, q, to);
-    const auto n = static_cast<float>(q.w * x), b = static_cast<float>(q.t * x * x);
-    const auto h = static_cast<float>(q.s * x * x * x * rho);
+    const auto n = static_cast<float>(q.w * x);
+    float* sum = vector(0);
+    for (index_t j = 0; j < dv; ++j) sum[j] += n * (value[j] - centre[j]);
+    if (!(q.t > 0)) return rho;
+    const auto b = static_cast<float>(q.t * x * x), h = static_cast<float>(q.s * x * x * x * rho);
     const auto z = static_cast<float>((to.negative ? -x : x) * std::sqrt(q.t));
-    float *sum = vector(0), *second = vector(1), *third = vector(2), *group = vector(3 + to.group);
+    float *second = vector(1), *third = vector(2), *group = vector(3 + to.group);
     for (index_t j = 0; j < dv; ++j) {
       const float r = value[j] - centre[j];
-      sum[j] += n * r;
-      if (!(q.t > 0)) continue;
       second[j] += b * r;
       third[j] += h * r;
       group[j] += z * r;
     }
+    return rho;
   }
 
   /// Adds the rows of `from`, whose centre, width and groups are the same. Exact up to rounding, and the same bits

@@ -14,8 +14,8 @@ using vattn::index_t;
 using vattn::ordinal;
 using vattn::score_kind;
 using vattn::split;
-using vattn::sum_evidence;
 using vattn::verdict;
+using vattn::stats::sum_evidence;
 namespace budget = vattn::budget;
 
 namespace {
@@ -49,7 +49,7 @@ struct looked {
   // Terms of which m draws see none with probability delta count as seen: z sqrt(count) = ln(1/delta).
   [[nodiscard]] sum_evidence evidence(double population, double m, double variance, double dimension, double dof,
                                       double largest) const {
-    const double delta = s.settings.delta, z = budget::normal_quantile(1 - delta / 2);
+    const double delta = s.settings.delta, z = vattn::stats::normal_quantile(1 - delta / 2);
     const double unseen = std::max(1.0, std::pow(std::log(1 / delta) / z, 2)) * largest * largest / m;
     const double all = variance + unseen;
     sum_evidence e;
@@ -119,8 +119,9 @@ TEST_CASE("output: achieved is the quantile of the terms and of one unseen, over
         const double scale = std::sqrt(rms ? l.s.now.power : l.s.now.output2 - off2);
         const verdict by_clt = budget::output::judge<budget::clt>(l.s.seen());
         const verdict by_student = budget::output::judge<budget::student>(l.s.seen());
-        CHECK_THAT(by_clt.epsilon_achieved, WithinRel(budget::clt::radius(e, 300, delta) / scale, 1e-6));
-        CHECK_THAT(by_student.epsilon_achieved, WithinRel(budget::student::radius(e, 300, delta) / scale, 1e-6));
+        CHECK_THAT(by_clt.epsilon_achieved, WithinRel(budget::sum_radius<budget::clt>(e, 300, delta) / scale, 1e-6));
+        CHECK_THAT(by_student.epsilon_achieved,
+                   WithinRel(budget::sum_radius<budget::student>(e, 300, delta) / scale, 1e-6));
         for (const verdict& v : {by_clt, by_student}) {
           CHECK(v.met == (v.epsilon_achieved <= 0.05));
           CHECK(v.budget == v.next.sampled);
@@ -207,7 +208,7 @@ TEST_CASE("output: relative to RMS where values cancel", "[budget][output]") {
   const sum_evidence e = l.evidence(N, 100, y.variance, y.dimension, y.dof, 0);
   REQUIRE(N * N * y.variance / 100 * (1 - 100 / N) > 0.75 * l.s.now.output2);
   CHECK_THAT(budget::output::judge<budget::clt>(l.s.seen()).epsilon_achieved,
-             WithinRel(budget::clt::radius(e, 100, 0.1) / std::sqrt(l.s.now.output2 / 4), 1e-6));
+             WithinRel(budget::sum_radius<budget::clt>(e, 100, 0.1) / std::sqrt(l.s.now.output2 / 4), 1e-6));
 }
 
 namespace {
@@ -356,7 +357,7 @@ TEST_CASE("output: with a hard bound, the error of N and D together", "[budget][
     const double away = std::sqrt(1 + l.s.now.u2 / (s * s)) * error / (l.s.now.denominator - error / s);
     return away / (std::sqrt(l.s.now.output2) - away);
   };
-  const double want = achieved(budget::bernstein::radius(e, 3000, 0.1 / 5));
+  const double want = achieved(budget::sum_radius<budget::bernstein>(e, 3000, 0.1 / 5));
   REQUIRE(want > 0);
   for (const double epsilon : {want * 1.01, want * 0.99}) {
     l.s.settings.epsilon = epsilon;
@@ -368,7 +369,7 @@ TEST_CASE("output: with a hard bound, the error of N and D together", "[budget][
     CHECK(v.next.sampled == 6000);
   }
   CHECK_THAT(budget::output::judge<budget::hoeffding>(l.s.seen()).epsilon_achieved,
-             WithinRel(achieved(budget::hoeffding::radius(e, 3000, 0.1 / 5)), 1e-4));
+             WithinRel(achieved(budget::sum_radius<budget::hoeffding>(e, 3000, 0.1 / 5)), 1e-4));
   // Where the error swallows the output or the denominator, and where nothing is known of the values: nothing is said.
   const auto says_nothing = [](looked& some) {
     some.s.settings.epsilon = 0.99;
@@ -404,9 +405,9 @@ TEST_CASE("output: what may lie unseen counts, as far as the scores bound it", "
         guard = unit_of(l.s) * widest(
                                    seen, [&](std::size_t j) { return l.output(j); }, 0);
       guard *= std::exp(static_cast<double>(l.s.order.bound()) - now.reference) / now.denominator;
-      const double z = budget::normal_quantile(1 - delta / 2), lambda = -std::log(delta);
+      const double z = vattn::stats::normal_quantile(1 - delta / 2), lambda = -std::log(delta);
       const double unseen = std::max(1.0, lambda * lambda / (z * z)) * guard * guard / 300;
-      vattn::sum_evidence all;
+      vattn::stats::sum_evidence all;
       all.population = now.population;
       all.sampled = 300;
       all.variance = y.variance + unseen;
@@ -417,7 +418,7 @@ TEST_CASE("output: what may lie unseen counts, as far as the scores bound it", "
 
       const verdict v = budget::output::judge<budget::clt>(seen);
       CAPTURE(int(kind), delta);
-      CHECK_THAT(v.epsilon_achieved, WithinRel(budget::clt::radius(all, 300, delta) / scale, 1e-4));
+      CHECK_THAT(v.epsilon_achieved, WithinRel(budget::sum_radius<budget::clt>(all, 300, delta) / scale, 1e-4));
       CHECK((unseen > 0.01 * y.variance) == (kind != vattn::score_kind::ranking));
     }
   }
@@ -454,7 +455,7 @@ TEMPLATE_TEST_CASE("output: a finite-sample bound by its formula, at its share o
   e.radius = std::exp(static_cast<double>(s.order.bound()) - s.now.reference) * unit_of(s) *
              widest(
                  s.seen(), [&](std::size_t j) { return static_cast<double>(s.centre[j]); }, offset);
-  const double error = TestType::radius(e, 12000, 0.1 / 4);
+  const double error = vattn::stats::sum_radius<TestType>(e, 12000, 0.1 / 4);
   const double away = std::sqrt(1 + s.now.u2 / (offset * offset)) * error / (D - error / offset);
   const double want = away / (std::sqrt(s.now.output2) - away);
   CHECK(want > 0.02);

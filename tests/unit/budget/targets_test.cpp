@@ -51,13 +51,13 @@ TEST_CASE("evidence for denominator and numerator is that of the explicit terms"
       variance_v += (xv[i][j] - mean_v[j]) * (xv[i][j] - mean_v[j]) / 179;
     }
   }
-  const vattn::sum_evidence d = budget::denominator_evidence(seen);
+  const vattn::stats::sum_evidence d = budget::denominator_evidence(seen);
   CHECK(d.scalar);
   CHECK(d.population == 655);
   CHECK(d.sampled == 180);
   CHECK_THAT(d.variance, WithinRel(variance, 1e-4));
   CHECK_THAT(d.second_moment, WithinRel(square, 1e-5));
-  const vattn::sum_evidence n = budget::numerator_evidence(seen);
+  const vattn::stats::sum_evidence n = budget::numerator_evidence(seen);
   CHECK_FALSE(n.scalar);
   CHECK_THAT(n.variance, WithinRel(variance_v, 1e-4));
   CHECK_THAT(n.second_moment, WithinRel(square_v, 1e-5));
@@ -87,7 +87,7 @@ TEST_CASE("denominator: radius over D, and the rows that epsilon asks for", "[bu
     const auto seen = l.s.seen();
     const auto d = budget::denominator_evidence(seen);
     const verdict v = budget::denominator::judge<budget::clt>(seen);
-    const double z = budget::normal_quantile(0.95);
+    const double z = vattn::stats::normal_quantile(0.95);
     const double radius = z * d.population * std::sqrt(d.variance / 300 * (1 - 300 / d.population));
     CHECK_THAT(v.epsilon_achieved, WithinRel(radius / l.s.now.denominator, 1e-9));
     CHECK_THAT(budget::denominator_error<budget::clt>(seen), WithinRel(radius / l.s.now.denominator, 1e-9));
@@ -107,7 +107,7 @@ TEST_CASE("numerator: radius over the norm of N", "[budget][targets]") {
   const auto n = budget::numerator_evidence(seen);
   const double norm = std::sqrt(l.s.now.output2) * l.s.now.denominator;
   const verdict v = budget::numerator::judge<budget::student>(seen);
-  CHECK_THAT(v.epsilon_achieved, WithinRel(budget::student::radius(n, 300, 0.1) / norm, 1e-9));
+  CHECK_THAT(v.epsilon_achieved, WithinRel(budget::sum_radius<budget::student>(n, 300, 0.1) / norm, 1e-9));
   CHECK(v.budget == static_cast<index_t>(budget::sample_size<budget::student>(n, 0.05 * norm, 0.1)));
 }
 
@@ -119,8 +119,8 @@ TEST_CASE("sdpa: the exact factor (e1 + e2)/(1 - e2), at the best split of delta
     const auto d = budget::denominator_evidence(seen), n = budget::numerator_evidence(seen);
     const double D = l.s.now.denominator, norm = std::sqrt(l.s.now.output2) * D;
     const auto error = [&](double m, double share) {
-      const double e1 = budget::clt::radius(n, m, share * 0.1) / norm;
-      const double e2 = budget::clt::radius(d, m, (1 - share) * 0.1) / D;
+      const double e1 = budget::sum_radius<budget::clt>(n, m, share * 0.1) / norm;
+      const double e2 = budget::sum_radius<budget::clt>(d, m, (1 - share) * 0.1) / D;
       return e2 < 1 ? (e1 + e2) / (1 - e2) : std::numeric_limits<double>::infinity();
     };
     double best = 1e9, fewest = 1e9;
@@ -212,12 +212,12 @@ TEST_CASE("a hard bound shares delta among its looks, which follow a schedule", 
     CHECK(v.next.heavy == 60);
     CHECK(v.next.sampled == 600);
   };
-  check(budget::denominator::judge<budget::bernstein>(seen), budget::bernstein::radius(d, 300, 0.02) / D,
+  check(budget::denominator::judge<budget::bernstein>(seen), budget::sum_radius<budget::bernstein>(d, 300, 0.02) / D,
         budget::sample_size<budget::bernstein>(d, 0.05 * D, 0.02));
-  check(budget::numerator::judge<budget::hoeffding>(seen), budget::hoeffding::radius(n, 300, 0.02) / norm,
+  check(budget::numerator::judge<budget::hoeffding>(seen), budget::sum_radius<budget::hoeffding>(n, 300, 0.02) / norm,
         budget::sample_size<budget::hoeffding>(n, 0.05 * norm, 0.02));
   CHECK_THAT(budget::denominator_error<budget::bernstein>(seen),
-             WithinRel(budget::bernstein::radius(d, 300, 0.1) / D, 1e-9));
+             WithinRel(budget::sum_radius<budget::bernstein>(d, 300, 0.1) / D, 1e-9));
 }
 
 TEST_CASE("the schedule doubles the sample, and the heavy rows where they are free to grow", "[budget][targets]") {
@@ -270,7 +270,7 @@ TEST_CASE("a denominator that may be 0 bounds no output", "[budget][targets]") {
   looked few;
   few.s.now.s.A *= 1e4;
   const auto d = budget::denominator_evidence(few.s.seen());
-  REQUIRE(budget::clt::radius(d, 300, 0.1) > few.s.now.denominator);
+  REQUIRE(budget::sum_radius<budget::clt>(d, 300, 0.1) > few.s.now.denominator);
   const verdict v = budget::sdpa::judge<budget::clt>(few.s.seen());
   CHECK(v.epsilon_achieved == std::numeric_limits<double>::infinity());
   CHECK_FALSE(v.met);

@@ -36,7 +36,7 @@ struct weighted_head {
     }
   }
   void look(std::uint32_t stream = 0) {
-    std::vector<float> groups((vattn::weighted_groups + 2) * output.size(), not_a_number);
+    std::vector<float> groups(vattn::weighted_storage(output.size()), not_a_number);
     state = softmax_state(storage);
     now = vattn::estimate_weighted(row, tokens, rows, exact, state, output, groups, {{1, 0, 0}, stream});
   }
@@ -47,7 +47,7 @@ struct weighted_head {
   std::vector<float> output, storage, part, exact_storage;
   softmax_state exact, state;
   std::vector<weighted_row> rows;
-  vattn::weighted_estimate now;
+  vattn::stats::evidence now;
 };
 
 }  // namespace

@@ -360,6 +360,7 @@ TEST_CASE("the dimension is that of the terms, of either kind of sample", "[stat
     static_cast<void>(inverse_mean(8, 1, 1, uniform));
     static_cast<void>(inverse_mean(8, 1, 0.3f, uniform));
     static_cast<void>(inverse_mean(8, 6, 0.3f, uniform));
+    CHECK(inverse_mean(64, 1, 1, uniform) < 1 / 12.0);
   }
 }
 

@@ -1,5 +1,5 @@
 // Bounds: the published formula, sizes against brute force, coverage of the finite-sample ones.
-#include "vattn/budget/bounds.hpp"
+#include "vattn/stats/bounds.hpp"
 
 #include <algorithm>
 #include <cmath>
@@ -10,8 +10,8 @@
 #include "support/catch.hpp"
 
 using namespace vattn::test;
-using vattn::sum_evidence;
-namespace budget = vattn::budget;
+namespace stats = vattn::stats;
+using stats::sum_evidence;
 
 namespace {
 
@@ -29,44 +29,45 @@ sum_evidence example(bool scalar, bool with_replacement) {
 
 }  // namespace
 
-TEST_CASE("clt reproduces the published budget b = (z N s / tau)^2", "[budget][bounds]") {
+TEST_CASE("clt reproduces the published budget b = (z N s / tau)^2", "[stats][bounds]") {
   for (const double delta : {0.05, 0.1, 0.2}) {
     for (const double tau : {200.0, 500.0, 1500.0}) {
       sum_evidence e = example(true, true);
-      const double z = budget::normal_quantile(1 - delta / 2);
+      const double z = stats::normal_quantile(1 - delta / 2);
       const double b = std::pow(z * e.population, 2) * e.variance / (tau * tau);
       CAPTURE(delta, tau, b);
-      const double m = budget::sample_size<budget::clt>(e, tau, delta);
+      const double m = stats::sample_size<stats::clt>(e, tau, delta);
       CHECK(m == std::min(e.population, std::ceil(b)));
       // Without replacement the finite population corrects it to b / (1 + b/N), never more.
       e.with_replacement = false;
-      CHECK(budget::sample_size<budget::clt>(e, tau, delta) == std::ceil(b / (1 + b / e.population) - 1e-9));
+      CHECK(stats::sample_size<stats::clt>(e, tau, delta) == std::ceil(b / (1 + b / e.population) - 1e-9));
       // For vectors too where z covers every spectrum.
       e.scalar = false;
-      CHECK(budget::sample_size<budget::clt>(e, tau, delta) == std::ceil(b / (1 + b / e.population) - 1e-9));
+      CHECK(stats::sample_size<stats::clt>(e, tau, delta) == std::ceil(b / (1 + b / e.population) - 1e-9));
     }
   }
 }
 
-TEST_CASE("clt of vectors keeps z where one dimension is no longer the worst spectrum", "[budget][bounds]") {
+TEST_CASE("clt of vectors keeps z where one dimension is no longer the worst spectrum", "[stats][bounds]") {
   const sum_evidence vector = example(false, true), scalar = example(true, true);
-  CHECK(budget::clt::radius(vector, 100, 0.2) == budget::clt::radius(scalar, 100, 0.2));
-  CHECK(budget::clt::radius(vector, 100, 0.4) > budget::clt::radius(scalar, 100, 0.4));
-  CHECK_THAT(budget::clt::radius(vector, 100, 0.4), WithinRel(budget::clt::radius(vector, 100, 0.21515), 1e-3));
+  CHECK(stats::sum_radius<stats::clt>(vector, 100, 0.2) == stats::sum_radius<stats::clt>(scalar, 100, 0.2));
+  CHECK(stats::sum_radius<stats::clt>(vector, 100, 0.4) > stats::sum_radius<stats::clt>(scalar, 100, 0.4));
+  CHECK_THAT(stats::sum_radius<stats::clt>(vector, 100, 0.4),
+             WithinRel(stats::sum_radius<stats::clt>(vector, 100, 0.21515), 1e-3));
   sum_evidence known = vector;
   known.dimension = 40;
-  CHECK(budget::clt::radius(known, 100, 0.1) < budget::clt::radius(vector, 100, 0.1));
+  CHECK(stats::sum_radius<stats::clt>(known, 100, 0.1) < stats::sum_radius<stats::clt>(vector, 100, 0.1));
 }
 
-TEST_CASE("student is wider than clt, by the quantile of its degrees of freedom", "[budget][bounds]") {
+TEST_CASE("student is wider than clt, by the quantile of its degrees of freedom", "[stats][bounds]") {
   sum_evidence e = example(true, true);
   e.sampled = 11;  // t with 10 degrees of freedom: t² is F(1, 10)
-  const double ratio = budget::student::radius(e, 11, 0.05) / budget::clt::radius(e, 11, 0.05);
+  const double ratio = stats::sum_radius<stats::student>(e, 11, 0.05) / stats::sum_radius<stats::clt>(e, 11, 0.05);
   CHECK_THAT(ratio, WithinRel(std::sqrt(4.9646027437307144) / 1.9599639845400542, 1e-6));
 }
 
-TEMPLATE_TEST_CASE("sample_size is the smallest size that will do", "[budget][bounds]", budget::clt, budget::student,
-                   budget::hoeffding, budget::bernstein) {
+TEMPLATE_TEST_CASE("sample_size is the smallest size that will do", "[stats][bounds]", stats::clt, stats::student,
+                   stats::hoeffding, stats::bernstein) {
   for (const bool scalar : {true, false}) {
     for (const bool replace : {true, false}) {
       for (const double population : {1.0, 2.0, 37.0, 400.0}) {
@@ -76,71 +77,71 @@ TEMPLATE_TEST_CASE("sample_size is the smallest size that will do", "[budget][bo
           const double tau = share * population;
           double want = population;
           for (double m = 1; m <= population; ++m) {
-            if (TestType::radius(e, m, 0.1) <= tau) {
+            if (vattn::stats::sum_radius<TestType>(e, m, 0.1) <= tau) {
               want = m;
               break;
             }
           }
           CAPTURE(scalar, replace, population, share);
-          CHECK(budget::sample_size<TestType>(e, tau, 0.1) == want);
+          CHECK(stats::sample_size<TestType>(e, tau, 0.1) == want);
         }
       }
     }
   }
 }
 
-TEST_CASE("terms that do not vary need one row, even of a sum of zero", "[budget][bounds]") {
+TEST_CASE("terms that do not vary need one row, even of a sum of zero", "[stats][bounds]") {
   sum_evidence e;
   e.population = 1000;
   e.sampled = 50;
   for (const double tau : {0.0, 0.1}) {
-    CHECK(budget::sample_size<budget::clt>(e, tau, 0.1) == 1);
-    CHECK(budget::sample_size<budget::student>(e, tau, 0.1) == 1);
+    CHECK(stats::sample_size<stats::clt>(e, tau, 0.1) == 1);
+    CHECK(stats::sample_size<stats::student>(e, tau, 0.1) == 1);
   }
 }
 
 TEMPLATE_TEST_CASE("a radius falls with m, with delta and with the population, and is 0 for all of it",
-                   "[budget][bounds]", budget::clt, budget::student, budget::hoeffding, budget::bernstein) {
+                   "[stats][bounds]", stats::clt, stats::student, stats::hoeffding, stats::bernstein) {
   for (const bool scalar : {true, false}) {
     sum_evidence e = example(scalar, false);
     double last = std::numeric_limits<double>::infinity();
     for (double m = 1; m < e.population; m *= 1.3) {
-      const double r = TestType::radius(e, m, 0.1);
+      const double r = vattn::stats::sum_radius<TestType>(e, m, 0.1);
       CHECK(r < last);
       CHECK(r > 0);
       last = r;
     }
-    CHECK(TestType::radius(e, e.population, 0.1) == 0);
-    CHECK(TestType::radius(e, 200, 0.01) > TestType::radius(e, 200, 0.1));
+    CHECK(vattn::stats::sum_radius<TestType>(e, e.population, 0.1) == 0);
+    CHECK(vattn::stats::sum_radius<TestType>(e, 200, 0.01) > vattn::stats::sum_radius<TestType>(e, 200, 0.1));
     sum_evidence replaced = e;
     replaced.with_replacement = true;
-    CHECK(TestType::radius(replaced, 3000, 0.1) >= TestType::radius(e, 3000, 0.1));
+    CHECK(vattn::stats::sum_radius<TestType>(replaced, 3000, 0.1) >= vattn::stats::sum_radius<TestType>(e, 3000, 0.1));
   }
 }
 
 // By hand, to the last digit: a bound that is looser than its formula covers too, and no simulation shows it.
-TEST_CASE("hoeffding and bernstein are their formulas", "[budget][bounds]") {
+TEST_CASE("hoeffding and bernstein are their formulas", "[stats][bounds]") {
   sum_evidence e;
   e.population = 1000;
   e.radius = 2;
   e.second_moment = 0.5;
   e.sampled = 50;
   e.scalar = true;
-  CHECK_THAT(budget::hoeffding::radius(e, 50, 0.1), WithinRel(346.16367652045705, 1e-12));
-  CHECK_THAT(budget::bernstein::radius(e, 60, 0.1), WithinRel(440.55340949833834, 1e-12));
+  CHECK_THAT(stats::sum_radius<stats::hoeffding>(e, 50, 0.1), WithinRel(346.16367652045705, 1e-12));
+  CHECK_THAT(stats::sum_radius<stats::bernstein>(e, 60, 0.1), WithinRel(440.55340949833834, 1e-12));
   e.scalar = false;
-  CHECK_THAT(budget::hoeffding::radius(e, 50, 0.1), WithinRel(889.8135642286775, 1e-12));
-  CHECK_THAT(budget::bernstein::radius(e, 60, 0.1), WithinRel(487.79872338345234, 1e-12));
+  CHECK_THAT(stats::sum_radius<stats::hoeffding>(e, 50, 0.1), WithinRel(889.8135642286775, 1e-12));
+  CHECK_THAT(stats::sum_radius<stats::bernstein>(e, 60, 0.1), WithinRel(487.79872338345234, 1e-12));
   e.second_moment = 3.9;  // a range of 2 allows 4: the estimate's upper bound is cut to it
-  CHECK_THAT(budget::bernstein::radius(e, 60, 0.1), WithinRel(788.0703551141332, 1e-12));
+  CHECK_THAT(stats::sum_radius<stats::bernstein>(e, 60, 0.1), WithinRel(788.0703551141332, 1e-12));
 }
 
-TEST_CASE("no known range, no finite-sample bound", "[budget][bounds]") {
+TEST_CASE("no known range, no finite-sample bound", "[stats][bounds]") {
   sum_evidence e = example(true, true);
   e.radius = std::numeric_limits<double>::infinity();
-  CHECK(std::isinf(budget::hoeffding::radius(e, 100, 0.1)));
-  CHECK(std::isinf(budget::bernstein::radius(e, 100, 0.1)));
-  CHECK(budget::sample_size<budget::hoeffding>(e, 1e9, 0.1) == e.population);
+  CHECK(std::isinf(stats::sum_radius<stats::hoeffding>(e, 100, 0.1)));
+  CHECK(std::isinf(stats::sum_radius<stats::bernstein>(e, 100, 0.1)));
+  CHECK(stats::sample_size<stats::hoeffding>(e, 1e9, 0.1) == e.population);
 }
 
 namespace {
@@ -185,7 +186,7 @@ outcome simulate(const std::vector<std::vector<double>>& population, double radi
     }
     double error = 0;
     for (std::size_t j = 0; j < d; ++j) error += std::pow(sum[j] * e.population / e.sampled - total[j], 2);
-    const double r = Bound::radius(e, static_cast<double>(m), delta);
+    const double r = vattn::stats::sum_radius<Bound>(e, static_cast<double>(m), delta);
     o.failed += std::sqrt(error) > r;
     o.tighter += std::sqrt(error) > part * r;
   }
@@ -196,7 +197,7 @@ outcome simulate(const std::vector<std::vector<double>>& population, double radi
 
 }  // namespace
 
-TEST_CASE("hoeffding and bernstein cover bounded terms at every size", "[budget][bounds]") {
+TEST_CASE("hoeffding and bernstein cover bounded terms at every size", "[stats][bounds]") {
   // Terms that are hard for a bound: two-valued, as wide as their range, and rare.
   std::mt19937 random(4);
   std::uniform_real_distribution<double> uniform;
@@ -215,29 +216,29 @@ TEST_CASE("hoeffding and bernstein cover bounded terms at every size", "[budget]
       for (const std::size_t m : {std::size_t{5}, std::size_t{40}, std::size_t{300}}) {
         CAPTURE(delta, replace, m);
         for (const auto* scalars : {&coins, &rare, &spread}) {
-          CHECK(simulate<budget::hoeffding>(*scalars, 2, true, replace, m, delta, 1).failed <= limit);
-          CHECK(simulate<budget::bernstein>(*scalars, 2, true, replace, m, delta, 1).failed <= limit);
+          CHECK(simulate<stats::hoeffding>(*scalars, 2, true, replace, m, delta, 1).failed <= limit);
+          CHECK(simulate<stats::bernstein>(*scalars, 2, true, replace, m, delta, 1).failed <= limit);
         }
-        CHECK(simulate<budget::hoeffding>(ball, 2, false, replace, m, delta, 1).failed <= limit);
-        CHECK(simulate<budget::bernstein>(ball, 2, false, replace, m, delta, 1).failed <= limit);
+        CHECK(simulate<stats::hoeffding>(ball, 2, false, replace, m, delta, 1).failed <= limit);
+        CHECK(simulate<stats::bernstein>(ball, 2, false, replace, m, delta, 1).failed <= limit);
       }
     }
   }
 }
 
-TEST_CASE("the finite-sample bounds are not vacuous", "[budget][bounds]") {
+TEST_CASE("the finite-sample bounds are not vacuous", "[stats][bounds]") {
   // Were the radii two to three times smaller these would fail: so the coverage test above can fail.
   std::vector<std::vector<double>> coins, rare;
   for (int i = 0; i < 1500; ++i) {
     coins.push_back({i % 2 ? 2.0 : 0.0});
     rare.push_back({i % 100 == 0 ? 2.0 : 0.01});
   }
-  CHECK(simulate<budget::hoeffding>(coins, 2, true, true, 300, 0.2, 0.55).tighter > 0.2);
-  CHECK(simulate<budget::bernstein>(coins, 2, true, true, 300, 0.2, 0.3).tighter > 0.2);
+  CHECK(simulate<stats::hoeffding>(coins, 2, true, true, 300, 0.2, 0.55).tighter > 0.2);
+  CHECK(simulate<stats::bernstein>(coins, 2, true, true, 300, 0.2, 0.3).tighter > 0.2);
   // A small variance in a wide range is what Bernstein is for.
   sum_evidence e = example(true, true);
   e.radius = 2;
   e.second_moment = e.variance = 0.04;
   e.sampled = 1000;
-  CHECK(budget::bernstein::radius(e, 1000, 0.1) < 0.5 * budget::hoeffding::radius(e, 1000, 0.1));
+  CHECK(stats::sum_radius<stats::bernstein>(e, 1000, 0.1) < 0.5 * stats::sum_radius<stats::hoeffding>(e, 1000, 0.1));
 }
