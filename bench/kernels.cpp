@@ -149,7 +149,7 @@ BENCHMARK(f_quantile)->ArgNames({"nu1", "nu2"})->ArgsProduct({{1, 10, 100}, {5, 
 
 template <class Bound>
 void sample_size(benchmark::State& state) {
-  sum_evidence e;
+  stats::sum_evidence e;
   e.population = 32000;
   e.variance = 1e-8;
   e.sampled = 256;

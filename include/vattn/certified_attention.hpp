@@ -12,6 +12,7 @@
 #include "vattn/runtime/call.hpp"
 #include "vattn/sample/importance.hpp"
 #include "vattn/select/selector.hpp"
+#include "vattn/stats/certify.hpp"
 
 namespace vattn {
 
@@ -88,7 +89,7 @@ template <class Selector, kv_head Head>
     return false;
   // Rows that are read anyway check the bounds, of which no honest one is exceeded.
   const auto exceeded = [&](index_t place, float logit) {
-    return logit > scores[at(place)] + 1e-4f * (1 + std::abs(logit));
+    return stats::breaches(logit, scores[at(place)]);
   };
   for (index_t j = 0; j < fixed; ++j) {
     const index_t place = j < settings.sinks ? j : n - fixed + j;
@@ -187,18 +188,24 @@ template <class Selector, kv_head Head>
   };
   const double for_error = settings.scale == error_scale::rms ? 1 - for_scale : 1.0;
   const auto certify = [&](const detail::certified_sample& e, double stated, guarantee promise) {
-    c.rows_exact = fixed + e.certain;
-    c.rows_sampled = e.rows - e.certain;
-    c.budget = c.rows_sampled;
-    c.epsilon_achieved = stated;
-    c.coherence = e.power > 0 ? e.output_norm / std::sqrt(e.power / e.denominator) : 0;
-    c.promise = promise, c.bound = promise == guarantee::deterministic ? "negligible" : "bernstein";
-    c.assumptions = "finite-sample: the scores bound the logits, and the values lie as far from their centre as stored";
     // D̂ as a sum of bounded terms, from both sides.
     const double term = e.unit / (static_cast<double>(nearest) + about) * slack;
     const double low = sum_at_least(e.sampled_denominator, term, settings.delta / 2),
                  high = sum_at_most(e.sampled_denominator, term, settings.delta / 2);
-    c.denominator_error = std::max(e.sampled_denominator - low, high - e.sampled_denominator) / e.denominator;
+    stats::evidence seen;
+    seen.output2 = e.output_norm * e.output_norm, seen.power = e.power / e.denominator;
+    stats::verdict v;
+    v.met = true, v.epsilon_achieved = stated;
+    v.denominator_error = std::max(e.sampled_denominator - low, high - e.sampled_denominator) / e.denominator;
+    stats::certify(
+        c, seen, v,
+        {.rows_exact = fixed + e.certain,
+         .rows_sampled = e.rows - e.certain,
+         .budget = e.rows - e.certain,
+         .kind = promise,
+         .bound = promise == guarantee::deterministic ? "negligible" : "bernstein",
+         .assumptions = "finite-sample: the scores bound the logits, and the values lie as far from their centre as "
+                        "stored"});
   };
 
   // The tokens of the highest bounds alone, if all others together are negligible: error <= Σ x‖v − o_S‖ / D_S.

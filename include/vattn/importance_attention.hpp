@@ -118,7 +118,8 @@ struct importance_head {
     const stats::evidence e =
         estimate_weighted(task.row, task.tokens, rows, exact, task.state, s.centre, s.moments, task.stream.fork(1));
     if (!std::isfinite(e.denominator) || !std::isfinite(e.output2) || !std::isfinite(e.power)) return false;
-    stats::promise asked{settings.epsilon, settings.delta, settings.scale, shape.kappa};
+    const bool all = settings.sinks + settings.window + count == frame.n;
+    stats::promise asked{settings.epsilon, settings.delta, settings.scale, all ? 0 : shape.kappa};
     const stats::verdict v = stats::judge<B>(e, asked);
     // A token that is missed although it may move the output by f must cost at most κ·ε·T. What moves it is
     // x‖v − ô‖, at most x(r + ‖ô − centre‖).
@@ -128,7 +129,7 @@ struct importance_head {
     // Near the cap less: there only samples stop that look better than they are, and what makes them look so is a
     // token that they miss.
     const double room = static_cast<double>(count) / (settings.max_density * static_cast<double>(frame.n));
-    asked.hidden *= 1 - 0.6 * std::min(1.0, room);
+    asked.hidden = shape.kappa * (1 - 0.6 * std::min(1.0, room));
     const double log_needed = -e.reference - std::log(stats::missable(e, asked));
     const double needed = std::exp(pi.top() + log_needed);
     task.log_floor = std::max(task.log_floor, log_needed);

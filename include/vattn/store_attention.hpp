@@ -17,6 +17,7 @@
 #include "vattn/runtime/call.hpp"
 #include "vattn/sample/importance.hpp"
 #include "vattn/sample/store_plan.hpp"
+#include "vattn/stats/certify.hpp"
 
 namespace vattn {
 
@@ -86,7 +87,12 @@ class store_sampler {
 
  public:
   store_sampler(head_group<Head>& group, const config& settings, const store_scratch<Head>& memory) noexcept
-      : group_(group), settings_(settings), s_(memory), head_(group[0].row.head), codes_(head_.codes()) {
+      : group_(group),
+        settings_(settings),
+        promise_{settings.epsilon, settings.delta, settings.scale, shape.kappa},
+        s_(memory),
+        head_(group[0].row.head),
+        codes_(head_.codes()) {
     heads_ = group.size();
     blocks_ = head_.past() / kernel::scan_keys;
     rows_ = blocks_ * kernel::scan_keys;
@@ -322,7 +328,7 @@ class store_sampler {
     query.cut = static_cast<std::int16_t>(std::max(-32767.0, std::floor(cut / static_cast<double>(step))));
   }
 
-  [[nodiscard]] strata_estimate estimate(const store_reader<Head>& read, index_t g, index_t m) noexcept {
+  [[nodiscard]] stats::evidence estimate(const store_reader<Head>& read, index_t g, index_t m) noexcept {
     const float sink = group_[g].row.sink_logit;
     const double extra = std::isfinite(sink) ? std::exp(static_cast<double>(sink - read.reference(g))) : 0;
     const auto dv = at(head_.dv());
@@ -330,26 +336,21 @@ class store_sampler {
                            s_.output.subspan(at(g) * dv, dv), s_.vectors.data());
   }
 
-  [[nodiscard]] double goal2(const strata_estimate& e) const noexcept {
-    const double scale2 =
-        settings_.scale == error_scale::rms ? e.power : std::max(e.output2 - e.variance, e.output2 / 4);
-    return settings_.epsilon * settings_.epsilon * scale2;
-  }
+  [[nodiscard]] double goal2(const stats::evidence& e) const noexcept { return stats::squared_goal(e, promise_); }
 
   // log(κ ε T D) as a threshold of scores of k − μ plus log(r/unit): a token that is missed although it may move the
   // output by f must cost at most κ·ε·T, and moves it by x‖v − ô‖ <= x(r + ‖ô − c‖), at a typical r.
   [[nodiscard]] double floor_threshold(const store_reader<Head>& read, index_t g,
-                                       const strata_estimate& e) const noexcept {
+                                       const stats::evidence& e) const noexcept {
     const double typical = static_cast<double>(reach_unit()), away = std::max(1e-12 * typical, std::sqrt(e.away2));
-    return std::log(shape.kappa * std::sqrt(goal2(e)) * e.denominator /
-                    (typical + std::min(away, typical * (typical / away)))) +
+    return std::log(stats::missable(e, promise_) / (typical + std::min(away, typical * (typical / away)))) +
            static_cast<double>(read.reference(g)) - static_cast<double>(tables_.offset[at(g)]);
   }
 
   [[nodiscard]] store_choice choose(const read_costs& costs, const store_reader<Head>& read) noexcept {
     store_planner planner(kernel::active_isa(), plan_, s_.plan_terms, heads_, rows_);
     for (index_t g = 0; g < heads_; ++g) {
-      const strata_estimate& e = estimate_[at(g)];
+      const stats::evidence& e = estimate_[at(g)];
       const double margin = plan_margin / known_variance_radius2(e.dimension);
       away_[at(g)] = std::max(reach_unit() / 2, static_cast<float>(1.1 * std::sqrt(e.away2)));
       planner.head(g, {.goal = margin * goal2(e) * e.denominator * e.denominator,
@@ -387,7 +388,7 @@ class store_sampler {
       goals_.fill(std::numeric_limits<double>::infinity());
       for (index_t g = 0; g < heads_; ++g) {
         if (done_[at(g)]) continue;
-        const strata_estimate& e = estimate_[at(g)];
+        const stats::evidence& e = estimate_[at(g)];
         const stratum_scalars& light = read.light().of(g);
         const double d = read.picked().of(g).x + found[at(g)].x + weight * light.x;
         const double slice = weight * (weight - 1) * (light.spread + light.square * e.away2);
@@ -417,13 +418,9 @@ class store_sampler {
     }
   }
 
-  [[nodiscard]] double squared_radius(double variance, double dimension, double dof) const noexcept {
-    return stats::squared_radius<B>(variance, 0, {dimension, dof, 1e6}, settings_.delta);
-  }
-
-  // squared_radius(1, dimension, ∞), by Wilson and Hilferty's cube root: for plans, which need no more.
+  // The squared radius of a known variance of 1, by Wilson and Hilferty's cube root: for plans, which need no more.
   [[nodiscard]] double known_variance_radius2(double dimension) const noexcept {
-    if (dimension < 3) return squared_radius(1, dimension, stats::infinity);
+    if (dimension < 3) return stats::squared_radius<B>(1, 0, {dimension, stats::infinity, 1e6}, settings_.delta);
     const double spread = 2 / (9 * dimension);
     const double root = 1 - spread + stats::normal_quantile(1 - settings_.delta) * std::sqrt(spread);
     return root * root * root;
@@ -455,28 +452,23 @@ class store_sampler {
       c.rounds = round;
       c.breaches = read.breaches(g);
       const index_t sampled = picks_ + choice_.slice;
-      // Of honest scores one in 16000 is off by 4σ. More than that: they do not know their own error.
-      if (c.breaches > 2 + sampled / 100) continue;
-      const strata_estimate e = estimate(read, g, choice_.slice);
+      if (c.breaches > stats::breaches_of_errors(sampled)) continue;
+      const stats::evidence e = estimate(read, g, choice_.slice);
       if (!e.finite()) continue;
-      const double error2 = squared_radius(e.variance, e.dimension, e.dof), goal = goal2(e);
+      const stats::verdict v = stats::judge<B>(e, promise_);
       const double floor = floor_threshold(read, g, e), away = std::sqrt(e.away2);
-      const bool verified = error2 <= goal;
       const double missing = uncovered(g, floor, away);
       const bool covered = missing <= 0;
-      if (verified && covered) {
+      if (v.met && covered) {
         done_[at(g)] = true;
-        c.rows_exact = fixed();
-        c.rows_sampled = sampled;
-        c.budget = sampled;
-        // What the floors leave to chance shows in no variance where none of it was drawn.
-        const double hidden = shape.kappa * settings_.epsilon;
-        c.epsilon_achieved = error2 > 0 ? std::max(settings_.epsilon * std::sqrt(error2 / goal), hidden) : hidden;
-        c.denominator_error = std::hypot(std::sqrt(squared_radius(e.denominator_variance, 1, e.dof)), hidden);
-        c.coherence = e.power > 0 ? std::sqrt(e.output2 / e.power) : 0;
-        c.promise = B::kind, c.bound = B::name;
-        c.assumptions =
-            "asymptotic, as stated by the bound; the codes' stated errors are true; draws are over the store's order";
+        stats::certify(c, e, v,
+                       {.rows_exact = fixed(),
+                        .rows_sampled = sampled,
+                        .budget = sampled,
+                        .kind = B::kind,
+                        .bound = B::name,
+                        .assumptions = "asymptotic, as stated by the bound; the codes' stated errors are true; draws "
+                                       "are over the store's order"});
         record(read, task);
         task.state.clear();
         task.state.raise(read.reference(g));
@@ -496,14 +488,13 @@ class store_sampler {
       wanted_floor[at(g)] = std::min(choice_.floor[at(g)], floor - 0.2);
       wanted_away[at(g)] = std::max(away_[at(g)], static_cast<float>(1.1 * away));
       estimate_[at(g)] = e;
-      if (verified) continue;
-      const double ratio = error2 / goal;
-      const double goal_variance = 0.92 * 0.92 * goal / (error2 / e.variance);
-      squeeze_[at(g)] *= 0.95 / ratio;
+      if (v.met) continue;
+      const double goal_variance = 0.92 * 0.92 * v.needed_variance;
+      squeeze_[at(g)] *= 0.95 / v.ratio;
       // More values and more of the candidates help as far as picks are what is uncertain.
-      if (e.light_variance < 0.5 * e.variance && (above_ > 0 || 10 * read.values_read() < 9 * picks_)) continue;
-      const double left = goal_variance - (e.variance - e.light_variance);
-      const double factor = left > 0 ? 1.05 * e.light_variance / left : 1e9;
+      if (e.light < 0.5 * e.variance && (above_ > 0 || 10 * read.values_read() < 9 * picks_)) continue;
+      const double left = goal_variance - (e.variance - e.light);
+      const double factor = left > 0 ? 1.05 * e.light / left : 1e9;
       if (factor > 4) {
         next = next_step::scan;
         wanted_plain[at(g)] = weighed_from(g) - std::log(e.variance / goal_variance);
@@ -560,6 +551,7 @@ class store_sampler {
 
   head_group<Head>& group_;
   const config& settings_;
+  stats::promise promise_;
   store_scratch<Head> s_;
   Head head_;
   const sketch::block_codes& codes_;
@@ -574,7 +566,7 @@ class store_sampler {
   index_t picks_ = 0, above_ = 0;                   // weighed, by how many steps their thresholds are above the scan's
   index_t slice_read_ = 0;                          // blocks of the slice that are in the sums
   std::array<bool, max_group> done_{};
-  std::array<strata_estimate, max_group> estimate_{};
+  std::array<stats::evidence, max_group> estimate_{};
   store_choice choice_{};
 };
 

@@ -243,19 +243,21 @@ class vattention {
                       s.value_centre,
                       settings_,
                       sampler::with_replacement};
-      const verdict v = target::template judge<bound>(seen);
+      verdict v = target::template judge<bound>(seen);
       if (v.met || (settings_.accept_last && c.rounds >= settings_.max_rounds)) {
-        c.rows_exact = fixed + order.count();
-        c.rows_sampled = sample.count();
-        c.budget = v.budget;
-        c.epsilon_achieved = v.epsilon_achieved;
-        c.denominator_error = budget::denominator_error<bound>(seen);
-        c.coherence = now.power > 0 ? std::sqrt(now.output2 / now.power) : 0;
-        c.promise = bound::kind, c.bound = bound::name;
-        c.assumptions = scores.kind == score_kind::ranking && bound::kind == guarantee::asymptotic
-                            ? "asymptotic, as stated by the bound; and the selector ranks every heavy token"
-                            : bound::assumptions;
-        c.saturated = !v.met;
+        v.denominator_error = budget::denominator_error<bound>(seen);
+        stats::evidence all;
+        all.output2 = now.output2, all.power = now.power;
+        stats::certify(
+            c, all, v,
+            {.rows_exact = fixed + order.count(),
+             .rows_sampled = sample.count(),
+             .budget = v.budget,
+             .kind = bound::kind,
+             .bound = bound::name,
+             .assumptions = scores.kind == score_kind::ranking && bound::kind == guarantee::asymptotic
+                                ? "asymptotic, as stated by the bound; and the selector ranks every heavy token"
+                                : bound::assumptions});
         add_residual(state, now, moments);
         if (s.chosen) {
           s.chosen.clear();

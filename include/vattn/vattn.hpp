@@ -27,6 +27,7 @@
 #include "vattn/select/calibrated.hpp"  // any of them as estimates
 #include "vattn/sample/uniform.hpp"     // what is drawn
 #include "vattn/estimate/residual.hpp"  // what the draw says
+#include "vattn/stats/certify.hpp"      // sums that merge, evidence, its judgement
 #include "vattn/budget/targets.hpp"     // how much is enough: as published
 #include "vattn/budget/output.hpp"      // how much is enough: for the output
 #include "vattn/certify/certificate.hpp"

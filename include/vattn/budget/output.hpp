@@ -50,15 +50,16 @@ struct output {
     const double guard = unseen_term(l, l.order.bound());
     add_unseen(evidence, guard, l.settings.delta);
 
-    const double mean_square =
+    stats::evidence all;
+    all.denominator = e.denominator, all.output2 = e.output2, all.power = e.power;
+    all.variance =
         evidence.population * evidence.population * evidence.variance / e.sampled * evidence.unread(e.sampled);
-    const double scale = std::sqrt(squared_scale(l, mean_square));
-    verdict v;
-    const double radius = sum_radius<B>(evidence, e.sampled, l.settings.delta);
-    v.epsilon_achieved = radius == 0 ? 0 : radius / scale;  // what is not a number is not met
-    v.met = v.epsilon_achieved <= l.settings.epsilon;
+    all.dimension = evidence.dimension, all.dof = evidence.dof;
+    all.rows = static_cast<index_t>(e.sampled);
+    const stats::promise asked{l.settings.epsilon, l.settings.delta, l.settings.scale};
+    verdict v{stats::judge<B>(all, asked)};
     v.next = v.met ? split{l.order.count(), static_cast<index_t>(e.sampled)}
-                   : cheapest<B>(l, evidence, y, l.settings.epsilon * scale);
+                   : cheapest<B>(l, evidence, y, std::sqrt(stats::squared_goal(all, asked)));
     v.budget = v.next.sampled;
     return v;
   }
@@ -93,12 +94,6 @@ struct output {
     v.epsilon_achieved = away / scale;
     v.met = v.epsilon_achieved <= l.settings.epsilon;
     return v;
-  }
-
-  // ‖ô‖² is inflated by the error's own mean square; RMS is not.
-  [[nodiscard]] static double squared_scale(const look& l, double mean_square) noexcept {
-    if (l.settings.scale == error_scale::rms) return l.now.power;
-    return std::max(l.now.output2 - mean_square, l.now.output2 / 4);
   }
 
   // Terms as large as the selector's bound allows may be in the residual unseen. Of m draws none hits a share λ/m of

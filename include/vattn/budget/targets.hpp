@@ -40,9 +40,8 @@ struct look {
   }
 };
 
-struct verdict {
-  bool met = false;
-  double epsilon_achieved = 0;
+/// A judgement, and what to read next.
+struct verdict : stats::verdict {
   index_t budget = 0;  ///< sampled rows that the bound asks for
   split next{};        ///< rows to have at the next look, if not met
 };

@@ -16,6 +16,7 @@
 #include "vattn/sample/store_plan.hpp"
 #include "vattn/sample/thinning.hpp"
 #include "vattn/sketch/query_tables.hpp"
+#include "vattn/stats/judge.hpp"
 
 namespace vattn {
 
@@ -337,14 +338,16 @@ class store_reader {
     return true;
   }
 
-  // Counts the logits of a block that are further from their scores than these state: `score_`, `radius_`.
+  // Counts the logits of a block that are further from their scores than these state: `score_`, `radius_`. As
+  // stats::breaches has it, in vectors.
   void check_scores(index_t h, index_t n) noexcept {
     const float* l = m_.x.data() + h * kernel::block_rows;
     const float wide = 4 * tables_.error(h), base = tables_.offset[at(h)], rounding = 4 * tables_.table_error;
+    constexpr auto relative = static_cast<float>(stats::score_rounding);
     int outside = 0;
     for (int i = 0; i < static_cast<int>(n); ++i) {
       const float off = std::abs(l[i] - base - score_[at(i)]);
-      outside += off > wide * radius_[at(i)] + rounding + 1e-2f * (1 + std::abs(l[i])) ? 1 : 0;
+      outside += off > wide * radius_[at(i)] + rounding + relative * (1 + std::abs(l[i])) ? 1 : 0;
     }
     breaches_[at(h)] += outside;
   }

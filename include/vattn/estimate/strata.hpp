@@ -5,12 +5,12 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <limits>
 #include <span>
 
 #include "vattn/kernel/block.hpp"
 #include "vattn/kernel/row_sums.hpp"
 #include "vattn/runtime/workspace.hpp"
+#include "vattn/stats/evidence.hpp"
 
 namespace vattn {
 
@@ -182,29 +182,15 @@ class stratum {
   std::array<std::array<double, max_group>, sign_groups> signed_x_{}, sign_square_{}, sign_spread_{};
 };
 
-/// Output of one head from both strata, and the distribution of its linearised error relative to nothing: V is the
-/// squared length of ô − o. Squared lengths are in the strata's unit.
-struct strata_estimate {
-  double denominator = 0;           ///< D̂ relative to the reference
-  double denominator_variance = 0;  ///< relative to D̂²
-  double output2 = 0, power = 0;    ///< ‖ô‖², Σ x‖v‖²/D̂
-  double away2 = 0;                 ///< ‖ô − c‖²
-  double light_variance = 0;        ///< the slice's part of `variance`
-  double variance = 0, dimension = 1, dof = std::numeric_limits<double>::infinity();
-  [[nodiscard]] bool finite() const noexcept {
-    return std::isfinite(denominator) && denominator > 0 && std::isfinite(output2) && std::isfinite(power) &&
-           std::isfinite(variance);
-  }
-};
-
+/// Output of one head from both strata and its evidence; squared lengths are in the strata's unit.
 /// `picked`: rows with weights of their own, Poisson (certain ones with t = 0). `light`: those of m rows drawn
 /// uniformly without replacement from n that belong to the light stratum, with w = t = 1. `extra` is added to D (a
 /// learned sink). `centre` is as values are. Writes ô to `output` [dv], as values are too. `scratch` [2·dv].
 ///   V = Σ t x²‖v − ô‖²/D̂² over the picked, (n/m)²·(1 − m/n)·m/(m − 1)·(Σ‖Y‖² − ‖ΣY‖²/m) over the light
-[[nodiscard]] inline strata_estimate estimate_strata(const stratum& picked, const stratum& light, index_t h, index_t n,
+[[nodiscard]] inline stats::evidence estimate_strata(const stratum& picked, const stratum& light, index_t h, index_t n,
                                                      index_t m, double extra, std::span<const float> centre,
                                                      std::span<float> output, float* scratch) noexcept {
-  strata_estimate e;
+  stats::evidence e;
   const auto dv = static_cast<Eigen::Index>(output.size());
   const stratum_scalars &p = picked.of(h), &l = light.of(h);
   const double count = static_cast<double>(m), weight = m > 0 ? static_cast<double>(n) / count : 0;
@@ -240,10 +226,11 @@ struct strata_estimate {
     one_l = factor * std::max(0.0, l.square - l.x * l.x / count);
   }
   e.variance = part_p + part_l;
-  e.light_variance = part_l;
+  e.light = part_l;
   e.denominator_variance = (p.square + one_l) / d2;
   const double f = fourth(p) / (d2 * d2) + f_l;
-  if (f > 0) e.dof = 2 * e.variance * e.variance / f;
+  if (f > 0) e.denominator_dof = e.dof = 2 * e.variance * e.variance / f;
+  e.rows = picked.rows() + light.rows();
   // Tr(Σ_p + Σ_l)² <= (Tr(Σ_p²)^½ + Tr(Σ_l²)^½)²
   const double root = (part_p > 0 ? part_p / std::sqrt(picked.dimension(h, o.data(), e.away2)) : 0) +
                       (part_l > 0 ? part_l / std::sqrt(light.dimension(h, o.data(), e.away2)) : 0);

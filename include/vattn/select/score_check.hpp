@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "vattn/config.hpp"
+#include "vattn/stats/judge.hpp"
 
 namespace vattn::select {
 
@@ -23,12 +23,12 @@ class score_check {
     double rate = 1e-3;
     if (chosen && error > 0.25f)  // erfc(x/sqrt(2))/2 = P(N(0, 1) > x)
       rate = std::max(rate, 0.5 * std::erfc((3.5 - std::min(3.5, static_cast<double>(error))) / 1.4142135623730951));
-    note(std::abs(logit - score) > 4 * error + 1e-3f * (1 + std::abs(logit)), rate, chosen);
+    note(stats::breaches(logit, score, 4 * static_cast<double>(error)), rate, chosen);
   }
 
   /// The logit is at most `most`, but for a share `rate` of honest scores.
   void bound(float logit, float most, double rate, bool chosen) noexcept {
-    note(logit > most + 1e-3f * (1 + std::abs(logit)), rate, chosen);
+    note(stats::breaches(logit, most), rate, chosen);
   }
 
   [[nodiscard]] index_t breaches() const noexcept { return all_.breaches; }

@@ -129,15 +129,18 @@ struct bernstein {
   }
 };
 
-/// r² with P(‖error‖² > r²) <= delta. A sample that lacks rows of one side is off to the other, and its V̂ is too small
-/// by `skew` times the error: r² = q·(V̂ + skew·r), as Wilson's interval has it for a count.
+/// r² for a squared quantile q. A sample that lacks rows of one side is off to the other, and its V̂ is too small by
+/// `skew` times the error: r² = q·(V̂ + skew·r), as Wilson's interval has it for a count.
+[[nodiscard]] VATTN_FN inline double widened(double q, double variance, double skew) noexcept {
+  if (variance == 0) return 0;
+  const double half = q * skew / 2, r = half + std::sqrt(half * half + q * variance);
+  return r * r;
+}
+/// r² with P(‖error‖² > r²) <= delta.
 template <asymptotic_bound B>
 [[nodiscard]] VATTN_FN double squared_radius(double variance, double skew, const error_shape& shape,
                                              double delta) noexcept {
-  if (variance == 0) return 0;
-  const double q = B::squared_quantile(shape, delta), half = q * skew / 2;
-  const double r = half + std::sqrt(half * half + q * variance);
-  return r * r;
+  return variance == 0 ? 0 : widened(B::squared_quantile(shape, delta), variance, skew);
 }
 
 /// How far population·mean of m uniformly sampled terms is from their sum, up to delta, if they are as the evidence has

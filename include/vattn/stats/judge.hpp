@@ -77,11 +77,11 @@ template <asymptotic_bound B, target_kind Target = target_kind::output>
   double radius = 0;  // relative, of what ε is relative to
   if constexpr (Target == target_kind::output) {
     const error_shape shape{e.dimension, e.dof, static_cast<double>(e.rows - e.certain), false};
-    const double goal2 = squared_goal(e, p), square = squared_radius<B>(e.variance, e.skew, shape, p.delta);
+    const double q = B::squared_quantile(shape, p.delta);
+    const double goal2 = squared_goal(e, p), square = widened(q, e.variance, e.skew);
     v.ratio = square > 0 ? square / goal2 : square;
     radius = p.epsilon * std::sqrt(v.ratio);
     // r² = q(V + skew/V̂·V·r) at r² = goal².
-    const double q = B::squared_quantile(shape, p.delta);
     const double lean = e.variance > 0 ? e.skew / e.variance : 0;
     v.needed_variance = goal2 / (q * (1 + lean * std::sqrt(goal2)));
   } else {

@@ -168,7 +168,7 @@ TEST_CASE("strata: output, variance and degrees of freedom by their formulas", "
       for (const double x : light_sum) mean2 += x * x / m;
       const double spread = weight * weight * (1 - static_cast<double>(m) / n) * m / (m - 1.0);
       const double part_l = spread * (light2 - mean2);
-      CHECK_THAT(e.light_variance, WithinRel(part_l / (D * D), 1e-4));
+      CHECK_THAT(e.light, WithinRel(part_l / (D * D), 1e-4));
       CHECK_THAT(e.variance, WithinRel((part_p + part_l) / (D * D), 1e-4));
       CHECK_THAT(e.denominator_variance,
                  WithinRel((ones_p + spread * (light_x2 - light_x * light_x / m)) / (D * D), 1e-4));
