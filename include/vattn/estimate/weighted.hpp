@@ -55,7 +55,7 @@ template <kv_head Head>
   stats::sample_sums sums{{}, offset + dv, static_cast<index_t>(dv), stats::most_groups};
   sums.clear();
   sums.raise(static_cast<double>(reference));
-  const std::uint64_t key = (std::uint64_t{signs.next()} << 32) | signs.next();
+  const std::uint64_t high = signs.next(), key = (high << 32) | signs.next();  // in this order everywhere
   index_t certain = 0;
   for (weighted_row& r : rows) {
     if (r.probability >= 1) {
