@@ -133,6 +133,7 @@ struct bernstein {
 /// `skew` times the error: r² = q·(V̂ + skew·r), as Wilson's interval has it for a count.
 [[nodiscard]] VATTN_FN inline double widened(double q, double variance, double skew) noexcept {
   if (variance == 0) return 0;
+  if (skew == 0) return q * variance;  // of an infinite q, too
   const double half = q * skew / 2, r = half + std::sqrt(half * half + q * variance);
   return r * r;
 }

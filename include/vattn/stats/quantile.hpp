@@ -130,6 +130,7 @@ struct log_tail {
 /// 1973): every step lands at or above the root, and from there steps only come down. No bracket is needed, and what is
 /// returned is never too small by more than the last rounding.
 [[nodiscard]] VATTN_FN inline double f_quantile(double delta, double nu1, double nu2) noexcept {
+  if (!(nu2 > 0)) return infinity;  // nothing is known of the variance
   nu2 = smaller(nu2, known_variance_dof);
   const double log_b = detail::log_beta(nu1 / 2, nu2 / 2), log_delta = std::log(delta);
   // A concave function lies below its asymptote, −ν₂/2·ln(ν₁x/ν₂) − ln(ν₂/2·B): nowhere is the root higher.

@@ -67,6 +67,8 @@ TEST_CASE("skew widens the radius as Wilson's interval does", "[stats][judge]") 
   const double r2 = stats::squared_radius<stats::clt>(0.3, 0.2, {.dimension = 5, .dof = 20}, 0.1), r = std::sqrt(r2);
   CHECK_THAT(r2, WithinRel(stats::f_quantile(0.1, 5, 20) * (0.3 + 0.2 * r), 1e-12));
   CHECK(stats::squared_radius<stats::clt>(0, 0.2, {}, 0.1) == 0);
+  // Of a variance of which nothing is known, no radius is small enough.
+  CHECK(stats::squared_radius<stats::clt>(1e-30, 0, {.dimension = 1, .dof = 0}, 0.1) == stats::infinity);
 }
 
 TEST_CASE("Student takes no credit for dimension, and no vector less than every spectrum needs", "[stats][judge]") {

@@ -86,6 +86,13 @@ TEST_CASE("F quantiles from one degree of freedom to a million", "[stats][quanti
   }
 }
 
+TEST_CASE("of a variance of which nothing is known, no quantile is finite", "[stats][quantile]") {
+  for (const double dof : {0.0, -1.0, std::nan("")}) {
+    CHECK(stats::f_quantile(0.1, 5, dof) == stats::infinity);
+    CHECK(stats::squared_error_quantile(0.1, 1, dof) == stats::infinity);
+  }
+}
+
 TEST_CASE("Student's quantiles", "[stats][quantile]") {
   struct entry {
     double p, nu, t;
