@@ -1,4 +1,5 @@
 // Certified attention: importance sampling whose guarantee holds at the sample's own size, from hard bounds.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -14,7 +15,7 @@
 #include "vattn/select/selector.hpp"
 #include "vattn/stats/certify.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 namespace detail {
 
@@ -325,4 +326,6 @@ template <class Selector, kv_head Head>
   return attend_exactly(row, tokens, s, task.state, c);
 }
 
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

@@ -1,4 +1,5 @@
 // Version and feature macros. Every macro is 0 or 1 and may be set by the consumer before including.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #define VATTN_VERSION_MAJOR 0
@@ -123,7 +124,7 @@
                         VATTN_ABI_AVX512, VATTN_ABI_AVX512VL, VATTN_ABI_NEWER, VATTN_HAS_EXCEPTIONS, VATTN_CHECKS)
 #endif
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 /// Signed 64-bit counts, extents and byte offsets: a cache of 1 M tokens x 64 heads x 256 B passes 4 GiB.
 using index_t = std::int64_t;
@@ -135,4 +136,6 @@ using ordinal = std::uint32_t;
 /// Head size that is known at run time only.
 inline constexpr index_t dynamic = -1;
 
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

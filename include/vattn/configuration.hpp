@@ -1,10 +1,11 @@
 // The run-time settings of `vattention`, and what makes them valid.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include "vattn/certify/certificate.hpp"
 #include "vattn/status.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 /// Counts are tokens; shares are of the tokens that a query sees.
 struct config {
@@ -46,4 +47,6 @@ struct config {
   }
 };
 
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

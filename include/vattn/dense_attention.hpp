@@ -1,4 +1,5 @@
 // Exact attention from strided rows: each row read once for all queries of its KV head, the work cut in pieces.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <atomic>
@@ -9,7 +10,7 @@
 #include "vattn/estimate/group.hpp"
 #include "vattn/runtime/call.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 /// How the work of a call is cut. It depends on the call's shape alone, never on the number of threads, and pieces
 /// are merged in order: so any number of threads gives the same bits.
@@ -208,4 +209,6 @@ class dense_call {
   dense_plan plan_;
 };
 
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

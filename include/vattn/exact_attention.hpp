@@ -1,11 +1,12 @@
 // Dense attention behind the same call as vattention: the reference, and the fallback.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include "vattn/dense_attention.hpp"
 #include "vattn/estimate/exact.hpp"
 #include "vattn/runtime/call.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 /// Reads every visible row once and certifies so. False if a logit is not finite. Of no rows the output is 0 and the
 /// log-sum-exp the sink's logit, −inf without a sink: so shards of a cache merge, whichever of them are empty.
@@ -38,4 +39,6 @@ status exact_attention(const tensor_view<const Q, 4>& q, const KV& cache, const 
                            softmax_state& state, certificate& c) { return attend_exactly(row, tokens, s, state, c); });
 }
 
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

@@ -1,4 +1,5 @@
 // Verified attention by importance sampling: one rule for heavy tokens and samples.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -16,7 +17,7 @@
 #include "vattn/select/selector.hpp"
 #include "vattn/stats/certify.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 /// exp(β·s) tempers the weights by how much of the scores' spread is error: β = 1 − median(σ²)/var(s).
 [[nodiscard]] inline double tempering(std::span<const float> scores, std::span<const float> errors,
@@ -269,4 +270,6 @@ void attend_by_importance(head_group<Head>& group, const config& settings, const
   });
 }
 
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

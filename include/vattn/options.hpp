@@ -1,4 +1,5 @@
 // What a call carries besides q, K and V.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <limits>
@@ -7,7 +8,7 @@
 #include "vattn/kernel/row.hpp"
 #include "vattn/tensor.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 /// Additive mask, [n_batch, n_q_heads, n_queries, n_tokens] with byte strides (0 broadcasts an axis).
 /// −inf removes a token from the population; any other value is added to the logit. float or half.
@@ -113,4 +114,6 @@ struct attention_options {
   const float* alibi_slopes = nullptr;
 };
 
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

@@ -1,4 +1,5 @@
 // The four slots of vattention<Policy>, their defaults, and the paper's configurations by name.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include "vattn/budget/output.hpp"
@@ -9,7 +10,7 @@
 #include "vattn/select/index.hpp"
 #include "vattn/select/selector.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 /// selector: which tokens are read exactly   (selector_for,     select/selector.hpp)
 /// sampler:  which of the rest are read      (uniform_sampler,  sample/uniform.hpp)
@@ -173,4 +174,6 @@ inline constexpr config paper_moderate = published(0.20, 0.20, 0.02, 0.02);
 inline constexpr config paper_loose = published(0.30, 0.30, 0.02, 0.01);
 
 }  // namespace presets
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

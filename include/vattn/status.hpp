@@ -1,4 +1,5 @@
 // The result of a call: a code and one line that says what to do. Never allocates, never throws.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <cstdarg>
@@ -6,7 +7,7 @@
 
 #include "vattn/config.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 enum class errc : std::uint8_t {
   ok,
@@ -49,4 +50,6 @@ class [[nodiscard]] status {
   char text_[capacity] = {};
 };
 
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

@@ -1,4 +1,5 @@
 // Verified attention from a shuffled store: heavy tokens by a scan of key codes, the rest by a contiguous slice.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -19,7 +20,7 @@
 #include "vattn/sample/store_plan.hpp"
 #include "vattn/stats/certify.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 /// Scratch of a group of heads, taken from the call's workspace.
 template <class Head>
@@ -593,4 +594,6 @@ void attend_from_store(head_group<Head>& group, const config& settings) noexcept
   store_sampler<Policy, Head>(group, settings, scratch).run();
 }
 
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

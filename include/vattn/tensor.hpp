@@ -1,5 +1,6 @@
 // A non-owning strided array, the shape of every buffer that crosses the API's edge, and what can be known to be wrong
 // with one.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -12,7 +13,7 @@
 #include "vattn/config.hpp"
 #include "vattn/status.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 /// a·b, or the end of the range that it would pass: sizes that no machine has are refused by name instead of wrapping
 /// round to ones that look right.
@@ -136,4 +137,6 @@ template <class T, std::size_t Rank>
 }
 
 }  // namespace detail
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

@@ -1,4 +1,5 @@
 // Importance sampling in two phases: a coarse scan keeps candidates, a finer score thins them, rows are read last.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -10,7 +11,7 @@
 
 #include "vattn/importance_attention.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 /// Both phases keep token i by the same permanent number: candidates are {u_i < prior_i}, the sample is
 /// {u_i < π_i} with π_i <= prior_i, so the two together are one Poisson sample with probabilities π_i, known
@@ -151,4 +152,6 @@ void attend_in_two_phases(head_group<Head>& group, const config& settings, const
   }
 }
 
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

@@ -1,4 +1,5 @@
 // vattention<Policy>: verified sparse attention, the whole pipeline.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -13,7 +14,7 @@
 #include "vattn/store_attention.hpp"
 #include "vattn/two_phase_attention.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 /// Attention of a few queries against a KV cache, read from as few rows as it takes for its error to be
 /// at most ε with probability 1 − δ for each query and head, with a certificate that says what was
@@ -321,4 +322,6 @@ class vattention {
   [[no_unique_address]] selector selector_;
 };
 
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

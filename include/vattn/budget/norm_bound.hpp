@@ -1,4 +1,5 @@
 // Finite-sample bounds for a Poisson sample's sums: the length of a vector sum, and nonnegative sums.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -8,7 +9,7 @@
 
 #include "vattn/kernel/row.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 /// Evidence on W = Σ (I_i/π_i − 1) y_i, y_i = x_i(v_i − o), from a sample in which o is replaced by an estimate ô:
 /// with a_i = (1 − π_i)/π_i²·x_i², sums over the sampled rows with π_i < 1.
@@ -94,4 +95,6 @@ class second_moment {
   matrix_map sum_, next_;
 };
 
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

@@ -1,4 +1,5 @@
 // The target that a user means: the error of the output itself, verified on the sample.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -9,7 +10,7 @@
 #include "vattn/budget/targets.hpp"
 #include "vattn/estimate/linearised.hpp"
 
-namespace vattn::budget {
+namespace vattn::VATTN_ABI::budget {
 
 /// ‖ô − o‖ <= ε T, T the scale of config::scale. Asymptotic bounds: each look states
 /// V̂ = N_r²·(1 − m/N_r)/m·s², the estimated mean square of the error, and stops when
@@ -224,4 +225,6 @@ struct output {
   }
 };
 
-}  // namespace vattn::budget
+}  // namespace vattn::VATTN_ABI::budget
+
+#include "vattn/macros_pop.hpp"

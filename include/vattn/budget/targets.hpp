@@ -1,4 +1,5 @@
 // What the promise is about, and how many rows it takes: the target concept and the paper's targets.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -11,7 +12,7 @@
 #include "vattn/select/selector.hpp"
 #include "vattn/stats/judge.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 /// Rows of each kind.
 struct split {
@@ -236,4 +237,6 @@ struct sdpa : pilot_then_budget {
 };
 
 }  // namespace budget
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

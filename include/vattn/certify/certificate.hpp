@@ -1,4 +1,5 @@
 // What one query of one head was promised, and what it cost.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <limits>
@@ -6,7 +7,7 @@
 #include "vattn/config.hpp"
 #include "vattn/stats/promise.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 /// Plain data; valid for the one (query, head) it was made for. Lengths are rows of the cache.
 struct certificate {
@@ -80,4 +81,6 @@ inline void certify_exact(certificate& c) noexcept {
   return s == error_scale::output ? "output" : "rms";
 }
 
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

@@ -1,4 +1,5 @@
 // The decision behind an output: which rows, with which weights. For engines that attend by kernels of their own.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -11,7 +12,7 @@
 #include "vattn/status.hpp"
 #include "vattn/tensor.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 /// The rows of one query of one head, as they are recorded. The output is that of a softmax over them alone in which
 /// e^logit is multiplied by the weight: 1 for rows that are read for certain, N_r/m or 1/π for sampled ones.
@@ -94,4 +95,6 @@ inline void additive_mask(std::span<const std::int32_t> tokens, std::span<const 
   for (float& m : mask) m = m > 0 ? std::log(m) : -std::numeric_limits<float>::infinity();
 }
 
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

@@ -1,4 +1,5 @@
 // Exact attention over any set of tokens: the reference, the heavy part, and the fallback.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -10,7 +11,7 @@
 #include "vattn/estimate/state.hpp"
 #include "vattn/kv/query.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 /// Tokens whose logits are computed before their exponentials: 256 bytes of stack.
 inline constexpr index_t logit_block = 64;
@@ -88,4 +89,6 @@ inline void add_sink(softmax_state& state, float sink_logit) noexcept {
   state.add_denominator(std::exp(static_cast<double>(sink_logit) - state.max_logit()));
 }
 
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

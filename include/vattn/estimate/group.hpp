@@ -1,4 +1,5 @@
 // Exact attention of the queries of a group to rows that lie in strides: each row is read once for all of them.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -8,7 +9,7 @@
 #include "vattn/kernel/block.hpp"
 #include "vattn/kv/query.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 /// Tokens whose keys are read before their values are: streams of memory as long as this are read at full speed, and
 /// those of 256 bytes stay in the second or third cache for the next queries. Also the tokens that are summed in one
@@ -95,4 +96,6 @@ struct query_group {
   static constexpr index_t max_groups = 16;
 };
 
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

@@ -1,4 +1,5 @@
 // The ratio linearised: how the output's error is distributed, from the sample's moments.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -9,7 +10,7 @@
 
 #include "vattn/estimate/residual.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 /// Distribution of one term Y = x(v − ô)/D̂ of the residual. To first order ô − o is the sampling error
 /// of ΣY: (N̂ − N)/D̂ − ô(D̂ − D)/D̂.
@@ -81,4 +82,6 @@ struct linearised_terms {
   return y;
 }
 
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

@@ -1,4 +1,5 @@
 // One-pass moments of the sampled rows: all that any bound or target asks of them.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -8,7 +9,7 @@
 
 #include "vattn/kernel/units.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 /// Moments of the sampled terms, with x = exp(l − m) and r = v − c for a centre c fixed before the draw:
 ///   S = Σx,  N = Σ x r,  A = Σx²,  B = Σ x² r,  C = Σ x²‖r‖²,  Q = Σ x⁴‖r‖⁴,  P = Σ x‖r‖²,
@@ -157,4 +158,6 @@ class residual_moments {
   std::array<sums, groups> scalars_{};
 };
 
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

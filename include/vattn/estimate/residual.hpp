@@ -1,4 +1,5 @@
 // The sampled part: rows drawn from what is not read exactly, and what they say of the whole.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <cmath>
@@ -10,7 +11,7 @@
 #include "vattn/sample/uniform.hpp"
 #include "vattn/select/ranking.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 /// A sampled row: its place in the population, its logit, ‖v − c‖².
 struct drawn_row {
@@ -182,4 +183,6 @@ inline void add_residual(softmax_state& state, const estimate& e, const residual
   for (std::size_t j = 0; j < o.size(); ++j) o[j] += static_cast<float>(w * (first[j] + e.s.S * c[j]));
 }
 
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

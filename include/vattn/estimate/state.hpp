@@ -1,4 +1,5 @@
 // The partial state of a softmax-weighted sum, and its merge: the unit in which attention is split.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -9,7 +10,7 @@
 #include "vattn/kernel/floating_point.hpp"
 #include "vattn/kernel/row.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 /// State (m, d, o) of a set of tokens: with x_i = exp(l_i − m),
 ///   d = Σ x_i,   o = Σ x_i v_i (not yet divided by d),   power = Σ x_i ‖v_i‖² (where it is asked for).
@@ -85,4 +86,6 @@ class softmax_state {
 /// FlashInfer's convention for a log-sum-exp is base 2.
 [[nodiscard]] inline float log2_sum_exp(float natural) noexcept { return natural * 1.44269504f; }
 
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

@@ -1,4 +1,5 @@
 // Reads rows of a store for the heads of a group: fixed ones, a slice as it lies, and picked ones in two stages.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -18,7 +19,7 @@
 #include "vattn/sketch/query_tables.hpp"
 #include "vattn/stats/judge.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 /// Memory of a `store_reader`, taken from the call's workspace.
 struct store_reader_memory {
@@ -379,4 +380,6 @@ class store_reader {
   std::array<float, kernel::block_rows> score_{}, radius_{};
 };
 
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

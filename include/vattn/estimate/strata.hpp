@@ -1,5 +1,6 @@
 // Sums over rows of two strata, for the heads of a group at once: picked rows of unequal probability, and a uniform
 // sample of the rest. One pass over K and V.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -12,7 +13,7 @@
 #include "vattn/runtime/workspace.hpp"
 #include "vattn/stats/evidence.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 /// Query heads whose rows are read together, at most.
 inline constexpr index_t max_group = 8;
@@ -238,4 +239,6 @@ class stratum {
   return e;
 }
 
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

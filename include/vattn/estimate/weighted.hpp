@@ -1,4 +1,5 @@
 // The estimate from rows of unequal probability, and how far off it may be.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -10,7 +11,7 @@
 #include "vattn/sample/philox.hpp"
 #include "vattn/stats/evidence.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 /// A row of a Poisson sample.
 struct weighted_row {
@@ -80,4 +81,6 @@ template <kv_head Head>
   return e;
 }
 
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

@@ -1,4 +1,5 @@
 // Attention of a few queries to a block of rows: the loops that read K and V, for every instruction set.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -11,7 +12,7 @@
 #include "vattn/kernel/block_rows.hpp"
 #include "vattn/kernel/block_vectors.hpp"
 
-namespace vattn::kernel {
+namespace vattn::VATTN_ABI::kernel {
 
 /// Queries of a group, as the kernels for rows of T read them. Made by `prepare_queries`.
 struct block_queries {
@@ -168,4 +169,6 @@ inline void exponentials(isa how, float* x, index_t n, float top) noexcept {
 #endif
 }
 
-}  // namespace vattn::kernel
+}  // namespace vattn::VATTN_ABI::kernel
+
+#include "vattn/macros_pop.hpp"

@@ -1,4 +1,5 @@
 // Block kernels for AVX-512.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -19,7 +20,7 @@
 #pragma GCC diagnostic ignored "-Waggressive-loop-optimizations"
 #endif
 
-namespace vattn::kernel::detail {
+namespace vattn::VATTN_ABI::kernel::detail {
 
 // GCC 12 takes what the unmasked forms of these intrinsics leave undefined for a fault of the program (its bug
 // 105593) and warns; masked with ones they are the same instructions.
@@ -337,7 +338,7 @@ VATTN_TARGET_AVX512 inline bool maximum_avx512(const float* x, index_t n, float&
   return odd == 0;
 }
 
-}  // namespace vattn::kernel::detail
+}  // namespace vattn::VATTN_ABI::kernel::detail
 
 #if !defined(__clang__)
 #pragma GCC diagnostic pop
@@ -346,3 +347,5 @@ VATTN_TARGET_AVX512 inline bool maximum_avx512(const float* x, index_t n, float&
 #undef VATTN_AVX512_INLINE
 #undef VATTN_BF16_INLINE
 #endif
+
+#include "vattn/macros_pop.hpp"

@@ -1,5 +1,6 @@
 // Logits of rows of q8_0 by integer dot products (AVX-512 VNNI): queries become three signed digits of 8 bits, whose
 // products with the quants are summed exactly.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -14,7 +15,7 @@
 
 #define VATTN_VNNI_INLINE VATTN_TARGET_AVX512_BF16 inline __attribute__((always_inline))
 
-namespace vattn::kernel::detail {
+namespace vattn::VATTN_ABI::kernel::detail {
 
 /// 32 elements of a query: q_d = scale·Σ_j digit[j][d]·256^j.
 struct query_digits {
@@ -200,7 +201,9 @@ VATTN_TARGET_AVX512_BF16 inline void logits_digits(const query_digits* q, index_
   }
 }
 
-}  // namespace vattn::kernel::detail
+}  // namespace vattn::VATTN_ABI::kernel::detail
 
 #undef VATTN_VNNI_INLINE
 #endif
+
+#include "vattn/macros_pop.hpp"

@@ -1,4 +1,5 @@
 // What block kernels read: where rows lie, and their elements.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <Eigen/Core>
@@ -13,7 +14,7 @@
 #include "vattn/kernel/quantised.hpp"
 #include "vattn/kernel/row.hpp"
 
-namespace vattn::kernel {
+namespace vattn::VATTN_ABI::kernel {
 
 /// Rows of a block; tokens whose logits are known before their values are read.
 inline constexpr index_t block_rows = 64;
@@ -148,4 +149,6 @@ class row_fetcher {
 };
 
 }  // namespace detail
-}  // namespace vattn::kernel
+}  // namespace vattn::VATTN_ABI::kernel
+
+#include "vattn/macros_pop.hpp"

@@ -1,4 +1,5 @@
 // Block kernels on the compiler's vectors: the portable ones, and AVX2's.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <cmath>
@@ -17,7 +18,7 @@
 #pragma GCC diagnostic ignored "-Waggressive-loop-optimizations"
 #endif
 
-namespace vattn::kernel::detail {
+namespace vattn::VATTN_ABI::kernel::detail {
 
 template <int W>
 struct lanes {
@@ -253,10 +254,12 @@ VATTN_TARGET_AVX2 inline bool maximum_avx2(const float* x, index_t n, float& top
 }
 #endif
 
-}  // namespace vattn::kernel::detail
+}  // namespace vattn::VATTN_ABI::kernel::detail
 
 #if !defined(__clang__)
 #pragma GCC diagnostic pop
 #endif
 
 #endif
+
+#include "vattn/macros_pop.hpp"

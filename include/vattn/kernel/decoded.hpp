@@ -1,11 +1,12 @@
 // Rows that are no plain consecutive elements: a row type says how to decode a part, and the arithmetic follows.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
 
 #include "vattn/kernel/row.hpp"
 
-namespace vattn::kernel {
+namespace vattn::VATTN_ABI::kernel {
 
 /// A row of this namespace with `size()` and `decode(first, count, out)`: out[j] = row[first + j], where `first` is a
 /// multiple of `tile` and count <= tile. It then models `kernel::row` by the functions below.
@@ -69,4 +70,6 @@ template <decoded R>
   return sum;
 }
 
-}  // namespace vattn::kernel
+}  // namespace vattn::VATTN_ABI::kernel
+
+#include "vattn/macros_pop.hpp"

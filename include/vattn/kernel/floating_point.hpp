@@ -1,4 +1,5 @@
 // The floating-point environment in which the library computes, whatever the caller's is.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <cstdint>
@@ -18,7 +19,7 @@
 
 #include "vattn/config.hpp"
 
-namespace vattn::kernel {
+namespace vattn::VATTN_ABI::kernel {
 
 /// While it lives, the calling thread rounds to nearest, keeps subnormal numbers and traps nothing; then it has back
 /// what it had. A host may have set another mode: libraries that were linked with -ffast-math flush subnormals to zero
@@ -73,4 +74,6 @@ class floating_point_scope {
   floating_point_scope& operator=(const floating_point_scope&) = delete;
 };
 
-}  // namespace vattn::kernel
+}  // namespace vattn::VATTN_ABI::kernel
+
+#include "vattn/macros_pop.hpp"

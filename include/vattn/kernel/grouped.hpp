@@ -1,4 +1,5 @@
 // Rows whose elements lie in groups at a distance: transposed values, and vLLM's x-packed layouts.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -6,7 +7,7 @@
 
 #include "vattn/kernel/decoded.hpp"
 
-namespace vattn::kernel {
+namespace vattn::VATTN_ABI::kernel {
 
 /// Element j is at `first + (j / group)·stride + (j % group)·sizeof(T)`, stride in bytes. With a group of one, each
 /// element lies on a cache line of its own: reading a row costs as many lines as it has elements.
@@ -33,4 +34,6 @@ class grouped_row {
 };
 static_assert(row<grouped_row<float>>);
 
-}  // namespace vattn::kernel
+}  // namespace vattn::VATTN_ABI::kernel
+
+#include "vattn/macros_pop.hpp"

@@ -1,4 +1,5 @@
 // Which instructions the kernels may use: found out once, when the program runs.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <cstdint>
@@ -44,7 +45,7 @@
 #define VATTN_UNROLL
 #endif
 
-namespace vattn::kernel {
+namespace vattn::VATTN_ABI::kernel {
 
 /// What kernels are compiled for, each level with all that the ones before it have.
 enum class isa : std::uint8_t {
@@ -129,4 +130,6 @@ inline constexpr isa isa_levels[] = {isa::portable, isa::avx2, isa::avx512, isa:
 #endif
 }
 
-}  // namespace vattn::kernel
+}  // namespace vattn::VATTN_ABI::kernel
+
+#include "vattn/macros_pop.hpp"

@@ -8,6 +8,7 @@
 //
 // e4m3  one byte: sign, 4 bits of exponent (bias 7), 3 of mantissa; exponent 0 is subnormal; no infinities; 0x7f and
 //       0xff are NaN; the largest number is 448. One float scale for a whole cache.           x_j = scale·e4m3_j
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <Eigen/Core>
@@ -19,7 +20,7 @@
 #include "vattn/kernel/decoded.hpp"
 #include "vattn/kernel/floating_point.hpp"
 
-namespace vattn::kernel {
+namespace vattn::VATTN_ABI::kernel {
 
 inline constexpr std::size_t block_elements = 32;
 
@@ -130,4 +131,6 @@ inline void quantise(const float* x, std::size_t size, B* blocks) noexcept {
 
 static_assert(row<block_row<q8_0_block>> && row<block_row<q4_0_block>> && row<e4m3_row>);
 
-}  // namespace vattn::kernel
+}  // namespace vattn::VATTN_ABI::kernel
+
+#include "vattn/macros_pop.hpp"

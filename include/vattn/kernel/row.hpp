@@ -1,4 +1,5 @@
 // Rows of the cache in, float arithmetic out: dot, axpy, load. The element types end here.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <Eigen/Core>
@@ -11,7 +12,7 @@
 
 #include "vattn/config.hpp"
 
-namespace vattn::kernel {
+namespace vattn::VATTN_ABI::kernel {
 
 /// Element types of a row that is stored as plain consecutive elements.
 template <class T>
@@ -135,4 +136,6 @@ concept row = requires(const R& r, const float* q, float* acc) {
   load(r, acc);
 };
 
-}  // namespace vattn::kernel
+}  // namespace vattn::VATTN_ABI::kernel
+
+#include "vattn/macros_pop.hpp"

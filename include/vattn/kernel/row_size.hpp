@@ -1,9 +1,10 @@
 // Is a row as long as it should be?
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include "vattn/kernel/row.hpp"
 
-namespace vattn::kernel {
+namespace vattn::VATTN_ABI::kernel {
 
 /// True if the row has `size` elements, or does not say how many it has: `row` asks for no size().
 template <row R>
@@ -15,4 +16,6 @@ template <row R>
   }
 }
 
-}  // namespace vattn::kernel
+}  // namespace vattn::VATTN_ABI::kernel
+
+#include "vattn/macros_pop.hpp"

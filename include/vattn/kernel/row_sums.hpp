@@ -1,11 +1,12 @@
 // Sums over columns of numbers, a row's each, that plan a sample's size and judge it: for every instruction set.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <cstring>
 
 #include "vattn/kernel/block_vectors.hpp"
 
-namespace vattn::kernel {
+namespace vattn::VATTN_ABI::kernel {
 
 /// Σ q·o and Σ r·(o − 1)²·o over rows, o = max(1, min(g·inverse, f, most)) the inverse probability of each; and
 /// Σ w/o over those of o < most, if asked for.
@@ -230,4 +231,6 @@ template <class Loop, class... A>
   return detail::run<detail::thinning_loop>(how, w, o, n, q, g);
 }
 
-}  // namespace vattn::kernel
+}  // namespace vattn::VATTN_ABI::kernel
+
+#include "vattn/macros_pop.hpp"

@@ -1,4 +1,5 @@
 // The scan of key codes: scores of 64 keys for the heads of a group, and which of the keys to take.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -14,7 +15,7 @@
 #include "vattn/kernel/scan_block.hpp"
 #include "vattn/kernel/scan_neon.hpp"
 
-namespace vattn::kernel {
+namespace vattn::VATTN_ABI::kernel {
 
 /// A key that was taken.
 struct scan_pick {
@@ -186,4 +187,6 @@ inline void scan_all(isa how, const scan_query& q, const code_blocks& codes, ind
   for (int h = 0; h < q.heads; ++h) in_order(b.score[h], out.score[h]);
 }
 
-}  // namespace vattn::kernel
+}  // namespace vattn::VATTN_ABI::kernel
+
+#include "vattn/macros_pop.hpp"

@@ -1,4 +1,5 @@
 // The scan for AVX2: a table of 64 bytes is four of vpshufb, of which all but the right one give 0.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -10,7 +11,7 @@
 
 #define VATTN_SCAN_INLINE VATTN_TARGET_AVX2 __attribute__((always_inline)) inline
 
-namespace vattn::kernel::detail {
+namespace vattn::VATTN_ABI::kernel::detail {
 
 VATTN_SCAN_INLINE __m256i load_256(const void* p) noexcept {
   return _mm256_loadu_si256(static_cast<const __m256i*>(p));
@@ -127,7 +128,9 @@ VATTN_TARGET_AVX2 inline index_t scan_blocks_avx2(const scan_query& q, const cod
   return first;
 }
 
-}  // namespace vattn::kernel::detail
+}  // namespace vattn::VATTN_ABI::kernel::detail
 
 #undef VATTN_SCAN_INLINE
 #endif
+
+#include "vattn/macros_pop.hpp"

@@ -1,4 +1,5 @@
 // The scan for AVX-512 with VBMI: a table of 64 bytes is one register, and vpermb looks 64 keys up in it.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include "vattn/kernel/scan_block.hpp"
@@ -10,7 +11,7 @@
 
 #define VATTN_SCAN_INLINE VATTN_SCAN __attribute__((always_inline)) inline
 
-namespace vattn::kernel::detail {
+namespace vattn::VATTN_ABI::kernel::detail {
 
 VATTN_SCAN_INLINE __m512i load(const void* p) noexcept { return _mm512_loadu_si512(p); }
 
@@ -178,8 +179,10 @@ VATTN_SCAN inline index_t scan_blocks_avx512(const scan_query& q, const code_blo
   }
 }
 
-}  // namespace vattn::kernel::detail
+}  // namespace vattn::VATTN_ABI::kernel::detail
 
 #undef VATTN_SCAN
 #undef VATTN_SCAN_INLINE
 #endif
+
+#include "vattn/macros_pop.hpp"

@@ -1,4 +1,5 @@
 // What the scan of key codes reads and writes: blocks of codes, what a query asks of them, one block's result.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -12,7 +13,7 @@
 #include "vattn/kernel/row.hpp"
 #include "vattn/sample/philox.hpp"
 
-namespace vattn::kernel {
+namespace vattn::VATTN_ABI::kernel {
 
 inline constexpr index_t scan_keys = 64;  ///< keys of a block
 inline constexpr int scan_heads = 8;      ///< query heads that one scan serves, at most
@@ -126,4 +127,6 @@ struct scanned_block {
 }
 
 }  // namespace detail
-}  // namespace vattn::kernel
+}  // namespace vattn::VATTN_ABI::kernel
+
+#include "vattn/macros_pop.hpp"

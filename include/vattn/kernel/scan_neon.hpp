@@ -1,4 +1,5 @@
 // The scan for 64-bit ARM: a table of 64 bytes is four registers, and one tbl looks 16 keys up in them.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -8,7 +9,7 @@
 #if VATTN_NEON
 #include <arm_neon.h>
 
-namespace vattn::kernel::detail {
+namespace vattn::VATTN_ABI::kernel::detail {
 
 // Numbers of group g for the 16 keys from `at` on.
 inline uint8x16_t numbers_128(const std::uint8_t* at, int planes, int g) noexcept {
@@ -123,6 +124,8 @@ inline index_t scan_blocks_neon(const scan_query& q, const code_blocks& codes, i
   return first;
 }
 
-}  // namespace vattn::kernel::detail
+}  // namespace vattn::VATTN_ABI::kernel::detail
 
 #endif
+
+#include "vattn/macros_pop.hpp"

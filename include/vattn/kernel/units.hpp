@@ -1,4 +1,5 @@
 // Rows in a unit: squares of numbers of any size, in float.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -9,7 +10,7 @@
 
 #include "vattn/kernel/decoded.hpp"
 
-namespace vattn::kernel {
+namespace vattn::VATTN_ABI::kernel {
 
 // Float holds numbers from 2^-126 to 2^128, and so squares of numbers from 2^-63 to 2^64 alone. What is squared is
 // taken in a unit first, a power of two: that changes no digit, so results at any scale are those at scale 1 times a
@@ -160,4 +161,6 @@ template <row R>
   return detail::root_of([&](float unit) { return squared_distance_in(unit, r, centre); });
 }
 
-}  // namespace vattn::kernel
+}  // namespace vattn::VATTN_ABI::kernel
+
+#include "vattn/macros_pop.hpp"

@@ -1,9 +1,10 @@
 // FlashInfer's paged caches: NHD and HND, K and V apart or in one tensor.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include "vattn/kv/places.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 /// Order of the axes of a page: tokens then heads, or heads then tokens.
 enum class page_order : std::uint8_t {
@@ -68,4 +69,6 @@ template <index_t D = dynamic, stored T>
   return flashinfer_paged_kv<D>(kv, strides, detail::rows_after(kv, strides.page / 2), strides, p, scales);
 }
 
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

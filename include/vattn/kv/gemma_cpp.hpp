@@ -1,9 +1,10 @@
 // gemma.cpp's cache: float rows that hold all layers' K and V, in a ring over positions.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include "vattn/kv/places.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 /// One layer of the ring. Positions first_position ... first_position + n_tokens − 1 are held by cells
 /// position mod n_rows.
@@ -76,4 +77,6 @@ template <index_t D = dynamic>
   return {cache, l};
 }
 
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

@@ -1,4 +1,5 @@
 // ggml's tensors as llama.cpp hands them to attention: K, V, mask, q and the result, by ne and nb.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <array>
@@ -7,7 +8,7 @@
 #include "vattn/options.hpp"
 #include "vattn/tensor.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 /// `data`, `ne` (elements) and `nb` (BYTES) of a ggml_tensor, in ggml's order: innermost axis first. No ggml header is
 /// needed here; `ggml_layout(t->data, t->ne, t->nb)` copies them.
@@ -139,4 +140,6 @@ template <class T>
   return {data, {o.ne[3], o.ne[2], o.ne[1], o.ne[0]}, {o.nb[3], o.nb[2], o.nb[1], o.nb[0]}};
 }
 
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

@@ -1,4 +1,5 @@
 // An owning KV cache whose rows are key and value in one: what selectors gather from.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -11,7 +12,7 @@
 #include "vattn/kernel/units.hpp"
 #include "vattn/kv/owned_rows.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 struct interleaved_shape {
   index_t n_kv_heads = 1;
@@ -151,4 +152,6 @@ class interleaved_store {
   std::vector<float> scratch_;
 };
 
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

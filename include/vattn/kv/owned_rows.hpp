@@ -1,4 +1,5 @@
 // What owning caches share: rows that grow, and what can be wrong with a cache that is copied.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -10,7 +11,7 @@
 #include "vattn/kv/view.hpp"
 #include "vattn/runtime/pages.hpp"
 
-namespace vattn::detail {
+namespace vattn::VATTN_ABI::detail {
 
 /// [n_heads, capacity, width]. Heads of a huge page or more have memory of their own each: growth moves no head past
 /// another, and on Linux copies nothing (page_buffer). Smaller ones share theirs, so that together they have huge
@@ -121,4 +122,6 @@ template <kv_cache KV>
   return std::max<index_t>(256, capacity + capacity / 2);
 }
 
-}  // namespace vattn::detail
+}  // namespace vattn::VATTN_ABI::detail
+
+#include "vattn/macros_pop.hpp"

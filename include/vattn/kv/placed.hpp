@@ -1,5 +1,6 @@
 // The view behind all engine layouts: where a token's cell is (places), where its row begins (strides), how it is
 // read (row_format).
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <bit>
@@ -9,7 +10,7 @@
 #include "vattn/kv/row_format.hpp"
 #include "vattn/kv/view.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 /// A token's place: cell `slot` of page `page`. A cache without pages has one for each sequence.
 struct cell_address {
@@ -227,4 +228,6 @@ class placed_kv {
   index_t n_kv_heads_ = 1, dk_ = 0, dv_ = 0;
 };
 
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

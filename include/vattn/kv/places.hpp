@@ -1,4 +1,5 @@
 // Which cell holds a token: one run of cells a sequence, a ring, or a table of pages.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -7,7 +8,7 @@
 
 #include "vattn/kv/placed.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 /// Token i is in cell i of the sequence's own page.
 struct own_page {
@@ -253,4 +254,6 @@ class page_lists {
   index_t n_batch_ = 0, n_pages_ = 0, page_size_ = 1;
 };
 
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

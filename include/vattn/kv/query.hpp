@@ -1,4 +1,5 @@
 // One query of one head against one KV head: its logits, and the tokens that it sees.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -13,7 +14,7 @@
 #include "vattn/kv/view.hpp"
 #include "vattn/options.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 /// Everything that a logit needs. `scaled_query` is scale·q, [dk].
 template <kv_head Head>
@@ -188,4 +189,6 @@ struct position_range {
   return {first, last};
 }
 
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

@@ -1,9 +1,10 @@
 // Dense caches whose sequences differ in length.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include "vattn/kv/places.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 /// K [n_batch, n_kv_heads, n_tokens, dk] and V [.., dv], dense, of which sequence b uses its first lengths[b] tokens,
 /// int32 [n_batch], 0 to n_tokens. As contiguous_kv otherwise.
@@ -22,4 +23,6 @@ template <index_t DK = dynamic, index_t DV = DK, stored TK, stored TV>
           {v, strides(rows_of<TV>{}.extent(s.dv)), make_format<TV, DV>(scales.v)}};
 }
 
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

@@ -1,9 +1,10 @@
 // A cache by reference, where views are taken by value and the cache is what owns the rows.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include "vattn/kv/view.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 /// A kv_cache that is another one, which must outlive it: what a plan's `run_arguments` take for a shuffled_store.
 template <kv_cache KV>
@@ -22,4 +23,6 @@ class kv_reference {
   const KV* cache_;
 };
 
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

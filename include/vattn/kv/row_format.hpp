@@ -1,4 +1,5 @@
 // How the row that begins at an address is read: plain elements, quantised blocks, FP8, groups at a distance.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <concepts>
@@ -11,7 +12,7 @@
 #include "vattn/kernel/row.hpp"
 #include "vattn/tensor.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 /// `at(first, width)` is the row of `width` elements at `first`. `extent(width)`: bytes of it that lie together, which
 /// no other row may share; `multiple()`: what the width must be a multiple of; `alignment`: of `first`.
@@ -127,4 +128,6 @@ template <stored T, index_t D = dynamic>
   }
 }
 
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

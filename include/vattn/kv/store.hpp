@@ -1,4 +1,5 @@
 // An owning KV cache whose past lies in random order, with key codes beside it: what fast verified decode reads.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -13,7 +14,7 @@
 #include "vattn/sample/philox.hpp"
 #include "vattn/sketch/block_codes.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 struct store_shape {
   index_t n_kv_heads = 1;
@@ -328,4 +329,6 @@ class shuffled_store {
   std::vector<float> scratch_, mean_;
 };
 
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

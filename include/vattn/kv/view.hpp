@@ -1,4 +1,5 @@
 // What the library asks of a key/value cache, and the strided view that most engines' caches are.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <concepts>
@@ -11,7 +12,7 @@
 #include "vattn/status.hpp"
 #include "vattn/tensor.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 /// One KV head of one sequence: n keys of dk elements and n values of dv elements.
 /// `key(i)` and `value(i)` return rows (see kernel/row.hpp); paged, quantised and transposed caches
@@ -274,4 +275,6 @@ template <index_t DK = dynamic, index_t DV = DK, kernel::element TK, kernel::ele
           shape};
 }
 
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

@@ -1,9 +1,10 @@
 // vLLM's paged caches behind a block table, and the x-packed ones.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include "vattn/kv/flashinfer.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 /// int32 block_table [n_batch, max_blocks] (rows `table_stride` entries apart, 0 = max_blocks), seq_lens [n_batch].
 struct vllm_blocks {
@@ -75,4 +76,6 @@ template <kernel::element T>
           {v, {.page = page, .cell = element, .head = head}, {.group = 1, .stride = line}}};
 }
 
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

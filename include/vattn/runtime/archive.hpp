@@ -1,4 +1,5 @@
 // State to bytes and back: what an index keeps of a cache, saved and loaded beside it.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -16,7 +17,7 @@
 
 #include "vattn/status.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 // Members are written as they lie in memory: by a machine of the same byte order to another.
 static_assert(std::endian::native == std::endian::little,
@@ -143,4 +144,6 @@ template <archivable T>
   return {};
 }
 
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

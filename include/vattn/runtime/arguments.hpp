@@ -1,4 +1,5 @@
 // The edge of the library: where results go, and whatever can be known to be wrong with a call before a row is read.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -10,7 +11,7 @@
 #include "vattn/kv/query.hpp"
 #include "vattn/kv/view.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 /// Where results go. `output` is required, the others may be left empty: null. No two elements of a result may share
 /// memory.
@@ -174,4 +175,6 @@ template <class Q, kv_cache KV>
   return detail::check_results(result, shape);
 }
 
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

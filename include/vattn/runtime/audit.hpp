@@ -1,4 +1,5 @@
 // Whether δ holds in production: on a share of rows also the exact output, and a count of those that were off by more.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <atomic>
@@ -10,7 +11,7 @@
 #include "vattn/estimate/exact.hpp"
 #include "vattn/runtime/call.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 /// Counts at one moment. A row is one query of one head.
 struct audit_report {
@@ -149,4 +150,6 @@ class auditor {
   std::atomic<double> largest_{0};
 };
 
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

@@ -1,4 +1,5 @@
 // A call once its arguments are checked: walks its queries and heads, and writes its results.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -19,7 +20,7 @@
 #include "vattn/runtime/workspace.hpp"
 #include "vattn/sample/philox.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 /// What one worker needs for one query of one head.
 struct scratch {
@@ -290,4 +291,6 @@ template <class Q, kv_cache KV, executor E, class Attend>
   });
 }
 
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

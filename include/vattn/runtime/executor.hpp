@@ -1,4 +1,5 @@
 // Who runs the independent (batch, query, head) tasks of a call. The library starts no thread of its own accord.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -12,7 +13,7 @@
 #include "vattn/kernel/floating_point.hpp"
 #include "vattn/status.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 struct task_probe {
   void operator()(index_t, index_t) const noexcept {}
@@ -182,4 +183,6 @@ class thread_executor {
   index_t threads_;
 };
 
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

@@ -1,4 +1,5 @@
 // OpenMP's threads as an executor; there where the program is compiled with OpenMP.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #if defined(_OPENMP)
@@ -8,7 +9,7 @@
 
 #include "vattn/config.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 /// `threads` of OpenMP's, by default as many as it would use. Tasks are handed out one by one. Holds no state: callers
 /// may share it. Called from within a parallel region it runs on the calling thread, unless the program allows nested
@@ -32,5 +33,7 @@ class openmp_executor {
   int threads_;
 };
 
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
 #endif
+
+#include "vattn/macros_pop.hpp"

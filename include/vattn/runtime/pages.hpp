@@ -1,4 +1,5 @@
 // Memory for what is large and grows: page-aligned, with huge pages by advice.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -24,7 +25,7 @@
 #endif
 #endif
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 /// Bytes that start at a multiple of 2 MiB where there are that many, else of 64. Pages that were reserved and never
 /// touched cost address space alone on most systems. Growth past the reserve copies the bytes; on Linux it moves the
@@ -141,4 +142,6 @@ class page_buffer {
   std::size_t size_ = 0, capacity_ = 0, alignment_ = small;
 };
 
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

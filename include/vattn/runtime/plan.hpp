@@ -1,11 +1,12 @@
 // Plan once for a batch shape, then run with a workspace: for engines that bring their own threads and memory.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <span>
 
 #include "vattn/vattention.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 /// What a plan must know. Lengths may be less at run time, the rest is as said here.
 struct plan_shape {
@@ -154,4 +155,6 @@ status run(const attention_plan<Policy>& p, const run_arguments<Q, KV>& a, std::
   return run(p, a, memory, own_share{});
 }
 
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

@@ -1,4 +1,5 @@
 // Memory for what is about to be appended to several vectors, taken before any of them changes.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -7,7 +8,7 @@
 
 #include "vattn/config.hpp"
 
-namespace vattn::detail {
+namespace vattn::VATTN_ABI::detail {
 
 /// Room for `more` elements, growing as push_back does. An append that takes all its room first either happens or,
 /// where memory runs out (std::bad_alloc, the standard library's), leaves its object as it was.
@@ -16,4 +17,6 @@ void make_room(std::vector<T>& v, std::size_t more) {
   if (v.capacity() - v.size() < more) v.reserve(std::max(v.size() + more, 2 * v.capacity()));
 }
 
-}  // namespace vattn::detail
+}  // namespace vattn::VATTN_ABI::detail
+
+#include "vattn/macros_pop.hpp"

@@ -1,4 +1,5 @@
 // Threads that stay: an executor for decode steps, which are shorter than starting a thread.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <atomic>
@@ -13,7 +14,7 @@
 #include <immintrin.h>
 #endif
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 /// `threads` workers, the calling thread among them. Between calls helpers spin for tens of microseconds, which is how
 /// far the layers of a decode step are apart, then sleep. `for_each` allocates nothing. Where the system has fewer
@@ -146,4 +147,6 @@ class thread_pool {
   std::vector<std::thread> helpers_;        // last: they use what is above
 };
 
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

@@ -1,4 +1,5 @@
 // Scratch memory of a call: the caller's, sized by a dry run; nothing is allocated on the decode path.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -10,7 +11,7 @@
 #include "vattn/config.hpp"
 #include "vattn/status.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 /// Bytes for a call. Default-constructed it owns its memory and grows when a call needs more (so a call
 /// of no larger shape than an earlier one allocates nothing); over a caller's span it never allocates
@@ -94,4 +95,6 @@ class arena {
   std::size_t used_ = 0;
 };
 
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

@@ -1,4 +1,5 @@
 // Poisson sampling with probabilities that follow a cheap score and its stated error.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -8,7 +9,7 @@
 
 #include "vattn/sample/philox.hpp"
 
-namespace vattn::sample {
+namespace vattn::VATTN_ABI::sample {
 
 /// Shape of the inclusion probabilities; the defaults are those that the docs' figures were made with.
 struct importance_shape {
@@ -140,4 +141,6 @@ class importance {
   float top_ = 0;
 };
 
-}  // namespace vattn::sample
+}  // namespace vattn::VATTN_ABI::sample
+
+#include "vattn/macros_pop.hpp"

@@ -1,5 +1,6 @@
 // Counter-based randomness: a draw is a pure function of (seed, layer, head, step, number of the draw),
 // so results do not depend on threads, order or history, nor on what else a batch holds.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <array>
@@ -8,7 +9,7 @@
 #include "vattn/config.hpp"
 #include "vattn/status.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 /// Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 /// A bijection of 128-bit counters for each 64-bit key. Pinned by the authors' known-answer vectors.
@@ -124,4 +125,6 @@ class random_stream {
   std::uint32_t used_ = 4;
 };
 
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

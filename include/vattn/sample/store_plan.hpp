@@ -1,4 +1,5 @@
 // How many rows to pick by their codes and how many to take as they lie: what a pilot predicts to be the fastest.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -12,7 +13,7 @@
 #include "vattn/kernel/row_sums.hpp"
 #include "vattn/kernel/scan.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 /// How a token that its score hides is kept from hurting: with b the share of ε·T that it may move the output if its
 /// score is z errors too low, π >= b/κ. One token alone may be very far off (`sure`), and then is read for certain if
@@ -302,4 +303,6 @@ class store_planner {
   std::array<goal_of_head, kernel::scan_heads> goals_{};
 };
 
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

@@ -1,4 +1,5 @@
 // Which of the picked tokens are worth their values, once their keys are read: the second half of two-stage sampling.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -11,7 +12,7 @@
 #include "vattn/kernel/row_sums.hpp"
 #include "vattn/kernel/scan.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 /// A token that the scan picked with probability π₁ is kept with min(1, π*/π₁), π* = min(1, max_h a_h x_h R_h) by its
 /// exact logits (R² = r² + ‖ô − c‖²): in all with π = min(π₁, π*). Its row of V is not read where its key has shown
@@ -117,4 +118,6 @@ class thinning {
   std::array<double, kernel::scan_heads> goals_{}, total_{};
 };
 
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

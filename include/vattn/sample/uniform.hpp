@@ -1,4 +1,5 @@
 // Uniform samples of [0, n) that grow: every prefix of the sequence is itself a valid sample.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -8,7 +9,7 @@
 
 #include "vattn/sample/philox.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 /// A sequence of places in [0, n) whose every prefix, and every prefix of what is left after dropping a
 /// fixed subset, is a uniform sample: so the residual may shrink after the draw.
@@ -109,4 +110,6 @@ class uniform_with_replacement {
 };
 
 }  // namespace sample
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

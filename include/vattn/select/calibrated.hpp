@@ -1,4 +1,5 @@
 // Any ranking as estimates of logits: fitted, for each query, to the logits of a few rows.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -7,7 +8,7 @@
 
 #include "vattn/select/index.hpp"
 
-namespace vattn::select {
+namespace vattn::VATTN_ABI::select {
 
 /// Makes a selector that only ranks fit for importance sampling, which needs estimates with error scales. For each
 /// query the keys of `pilot` tokens are read, evenly spaced among those that the score ranks as they come and among
@@ -95,4 +96,6 @@ struct calibrated {
   index_t heavy_count(ranking& r, index_t n, const config& c) const noexcept { return base.heavy_count(r, n, c); }
 };
 
-}  // namespace vattn::select
+}  // namespace vattn::VATTN_ABI::select
+
+#include "vattn/macros_pop.hpp"

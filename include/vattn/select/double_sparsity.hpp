@@ -1,4 +1,5 @@
 // DoubleSparsity: logits from a few channels that matter, kept at four bits.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -14,7 +15,7 @@
 #include "vattn/runtime/room.hpp"
 #include "vattn/sketch/recent_keys.hpp"
 
-namespace vattn::select {
+namespace vattn::VATTN_ABI::select {
 
 /// Channels by the mean of |q_d k_d| over all pairs of a calibration query and a key, largest first. Offline, once a
 /// layer and head. `queries` [any, dim], or empty: then by the mean of |k_d|, for where no queries are at hand; `keys`
@@ -151,4 +152,6 @@ class double_sparsity {
   recent_keys recent_;
 };
 
-}  // namespace vattn::select
+}  // namespace vattn::VATTN_ABI::select
+
+#include "vattn/macros_pop.hpp"

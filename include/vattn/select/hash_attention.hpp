@@ -1,4 +1,5 @@
 // HashAttention: bit signatures of keys and queries, compared by how many bits they share.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -15,7 +16,7 @@
 #include "vattn/sketch/recent_keys.hpp"
 #include "vattn/status.hpp"
 
-namespace vattn::select {
+namespace vattn::VATTN_ABI::select {
 
 /// Random hyperplanes (SimHash): the untrained form, the same map for keys and queries. `bits` is cut to [0, 64].
 class simhash_map {
@@ -223,4 +224,6 @@ class hash_attention {
   recent_keys recent_;
 };
 
-}  // namespace vattn::select
+}  // namespace vattn::VATTN_ABI::select
+
+#include "vattn/macros_pop.hpp"

@@ -1,4 +1,5 @@
 // Indices over keys: state that is built as a cache grows and scores it without reading it.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -9,7 +10,7 @@
 #include "vattn/kv/query.hpp"
 #include "vattn/select/selector.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 /// State of one KV head of one layer. Supply
 ///   append(key row)               the next token's key; any grouping of appends gives the same state
@@ -192,4 +193,6 @@ struct hard_bounds : upper_scores<Index> {
 };
 
 }  // namespace select
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

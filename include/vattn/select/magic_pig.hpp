@@ -1,4 +1,5 @@
 // MagicPIG: keys that collide with the query in hash tables, with the probability that they do.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -11,7 +12,7 @@
 #include "vattn/runtime/room.hpp"
 #include "vattn/sketch/hyperplanes.hpp"
 
-namespace vattn::select {
+namespace vattn::VATTN_ABI::select {
 
 /// Chance that two vectors at this cosine share a bucket in at least two of L tables of K sign bits:
 /// p = 1 − θ/π, u = 1 − (1 − p^K)^L − L p^K (1 − p^K)^{L−1}. arXiv 2410.16179, section 4.
@@ -98,4 +99,6 @@ class magic_pig {
   std::vector<float> norm_;  // of the centred keys
 };
 
-}  // namespace vattn::select
+}  // namespace vattn::VATTN_ABI::select
+
+#include "vattn/macros_pop.hpp"

@@ -1,4 +1,5 @@
 // PQCache: tokens ranked by product-quantised keys.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <span>
@@ -6,7 +7,7 @@
 
 #include "vattn/sketch/learned_codes.hpp"
 
-namespace vattn::select {
+namespace vattn::VATTN_ABI::select {
 
 /// Tokens by the inner product of the query with product-quantised keys: m sub-vectors of consecutive coordinates, 2^b
 /// centroids each (Euclidean k-means), later keys assigned to the nearest. Source: PQCache, arXiv 2407.12820, whose
@@ -32,4 +33,6 @@ class pq_cache : public sketch::learned_codes<false> {
   static constexpr std::string_view format() noexcept { return "pq cache v2"; }
 };
 
-}  // namespace vattn::select
+}  // namespace vattn::VATTN_ABI::select
+
+#include "vattn/macros_pop.hpp"

@@ -1,4 +1,5 @@
 // Quest: pages of keys, ranked by the most that any of their logits can be.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -14,7 +15,7 @@
 #include "vattn/runtime/room.hpp"
 #include "vattn/sketch/recent_keys.hpp"
 
-namespace vattn::select {
+namespace vattn::VATTN_ABI::select {
 
 /// Of each page of tokens the smallest and the largest key in every channel; a page scores Σ_d max(q_d min_d, q_d
 /// max_d), which no logit in it exceeds, and each of its tokens scores as the page. Source: Quest, arXiv 2406.10774,
@@ -143,4 +144,6 @@ class quest {
   recent_keys recent_;
 };
 
-}  // namespace vattn::select
+}  // namespace vattn::VATTN_ABI::select
+
+#include "vattn/macros_pop.hpp"

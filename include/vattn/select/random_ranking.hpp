@@ -1,4 +1,5 @@
 // A ranking that knows nothing: the baseline of every comparison of selectors.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -8,7 +9,7 @@
 #include "vattn/kernel/row.hpp"
 #include "vattn/sample/philox.hpp"
 
-namespace vattn::select {
+namespace vattn::VATTN_ABI::select {
 
 /// Scores are pseudo-random numbers in [0, 1), a function of (seed, token) alone. Keeps nothing of the keys. When to
 /// use: to see what another selector is worth.
@@ -49,4 +50,6 @@ class random_ranking {
   index_t size_ = 0;
 };
 
-}  // namespace vattn::select
+}  // namespace vattn::VATTN_ABI::select
+
+#include "vattn/macros_pop.hpp"

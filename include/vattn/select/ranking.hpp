@@ -1,4 +1,5 @@
 // Scores of the tokens that a query sees, and the order they imply.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -10,7 +11,7 @@
 
 #include "vattn/config.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 /// Order by (score descending, place ascending): total, so ties never depend on the algorithm.
 /// NaN is smaller than everything.
@@ -143,4 +144,6 @@ class ranking {
   index_t count_ = 0;
 };
 
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

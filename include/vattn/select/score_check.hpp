@@ -1,4 +1,5 @@
 // Whether scores keep what they state: rows that are read anyway tell, of a stale or foreign index too.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -6,7 +7,7 @@
 
 #include "vattn/stats/judge.hpp"
 
-namespace vattn::select {
+namespace vattn::VATTN_ABI::select {
 
 /// Compares logits that were read with what a score said of them, and counts the breaches: logits far outside. Honest
 /// scores breach now and then; they are disbelieved where as many breaches as were seen have, for honest ones, a
@@ -51,4 +52,6 @@ class score_check {
   tally all_, fixed_;
 };
 
-}  // namespace vattn::select
+}  // namespace vattn::VATTN_ABI::select
+
+#include "vattn/macros_pop.hpp"

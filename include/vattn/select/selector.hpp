@@ -1,4 +1,5 @@
 // The selector concept, and selectors that read every key: exact rankings ("oracle") and none at all.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <cmath>
@@ -10,7 +11,7 @@
 #include "vattn/select/ranking.hpp"
 #include "vattn/select/top_k.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 /// What a score says of the token, in the order of what it allows.
 enum class score_kind : std::uint8_t {
@@ -224,4 +225,6 @@ struct none {
 };
 
 }  // namespace select
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

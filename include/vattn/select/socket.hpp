@@ -1,4 +1,5 @@
 // SOCKET: soft collisions of a query with the hash buckets of keys.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -9,7 +10,7 @@
 
 #include "vattn/sketch/hyperplanes.hpp"
 
-namespace vattn::select {
+namespace vattn::VATTN_ABI::select {
 
 /// Keys are hashed hard, queries softly: score = Σ over L tables of the probability that the query gives to the
 /// key's bucket, softmax over the corners c of {±1}^K of Σ_p tanh(z_p) c_p / (sqrt(D)·tau), z the projections of the
@@ -95,4 +96,6 @@ class socket {
   double tau_ = 0.3;
 };
 
-}  // namespace vattn::select
+}  // namespace vattn::VATTN_ABI::select
+
+#include "vattn/macros_pop.hpp"

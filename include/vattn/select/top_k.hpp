@@ -1,4 +1,5 @@
 // How many of the highest scores are taken exactly: a fixed share (top-k) or a share of the mass (top-p).
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <cmath>
@@ -6,7 +7,7 @@
 
 #include "vattn/select/ranking.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 /// The k places of highest score, ties to the lower place. `order` [scores.size()] is scratch; the
 /// result is its prefix, unordered. O(n). k is cut to n.
@@ -64,4 +65,6 @@ inline index_t extend_to_mass(ranking& r, double mass, index_t limit) noexcept {
   return r.top();
 }
 
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

@@ -1,4 +1,5 @@
 // Key codes in the order in which a scan reads them: blocks of 64 keys, 6 bits a group, one byte plane after another.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <Eigen/Core>
@@ -18,7 +19,7 @@
 #include "vattn/runtime/pages.hpp"
 #include "vattn/sketch/rotation.hpp"
 
-namespace vattn::sketch {
+namespace vattn::VATTN_ABI::sketch {
 
 // Format. A key k becomes y = R(k − μ), R a rotation to P coordinates and μ a fixed vector near the keys' mean. Its
 // first 6·G/b coordinates are quantised to b bits each, levels ±1, ±3, … (b = 1 from P = 128 on, 3 below), and
@@ -289,4 +290,6 @@ class block_codes {
   page_buffer blocks_;
 };
 
-}  // namespace vattn::sketch
+}  // namespace vattn::VATTN_ABI::sketch
+
+#include "vattn/macros_pop.hpp"

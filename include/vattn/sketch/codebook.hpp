@@ -1,4 +1,5 @@
 // Product codebooks: k-means centroids for groups of coordinates, and vectors as the numbers of the nearest ones.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -12,7 +13,7 @@
 #include "vattn/config.hpp"
 #include "vattn/sample/philox.hpp"
 
-namespace vattn::sketch {
+namespace vattn::VATTN_ABI::sketch {
 
 // Format. The coordinates of a vector are cut into G groups of consecutive ones, the g-th w_g wide; group g has
 // K = 2^b centroids, coordinate-major: float [w_g][K], the groups one after another. A code is the b-bit number of the
@@ -192,4 +193,6 @@ class codebook {
   std::vector<float> centroids_;  // [dim·K], see the format
 };
 
-}  // namespace vattn::sketch
+}  // namespace vattn::VATTN_ABI::sketch
+
+#include "vattn/macros_pop.hpp"

@@ -1,4 +1,5 @@
 // Quantised keys: a few bits a coordinate from which a query's logits are estimated, with a known error.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -17,7 +18,7 @@
 #include "vattn/sketch/recent_keys.hpp"
 #include "vattn/sketch/rotation.hpp"
 
-namespace vattn::sketch {
+namespace vattn::VATTN_ABI::sketch {
 
 // Format. A key k of D coordinates becomes y = R(k − μ), R a fixed rotation to P = bit_ceil(D) coordinates
 // and μ the mean of its epoch; each y_j becomes a level c_j in {±1, ±3, …, ±(2^b − 1)}, stored as the b-bit
@@ -311,4 +312,6 @@ class key_codes {
   recent_keys recent_;
 };
 
-}  // namespace vattn::sketch
+}  // namespace vattn::VATTN_ABI::sketch
+
+#include "vattn/macros_pop.hpp"

@@ -1,4 +1,5 @@
 // Random hyperplanes: the sign bits from which locality-sensitive hashes are made.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -14,7 +15,7 @@
 #include "vattn/sample/philox.hpp"
 #include "vattn/sketch/recent_keys.hpp"
 
-namespace vattn::sketch {
+namespace vattn::VATTN_ABI::sketch {
 
 /// `count` directions of independent N(0, 1) coordinates, a function of (dim, count, seed) alone. Two vectors at an
 /// angle θ lie on the same side of one with probability 1 − θ/π (Charikar, STOC 2002). Copies share the memory,
@@ -135,4 +136,6 @@ class hash_tables {
   recent_keys recent_;
 };
 
-}  // namespace vattn::sketch
+}  // namespace vattn::VATTN_ABI::sketch
+
+#include "vattn/macros_pop.hpp"

@@ -1,4 +1,5 @@
 // Keys in codes that are learned from the first of them: what product_codes and PQCache share.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -16,7 +17,7 @@
 #include "vattn/sketch/principal_axes.hpp"
 #include "vattn/sketch/recent_keys.hpp"
 
-namespace vattn::sketch {
+namespace vattn::VATTN_ABI::sketch {
 
 struct learning {
   index_t train_size = 1024;  ///< keys to learn from; fewer than 16 a centroid make poor centroids
@@ -316,4 +317,6 @@ class learned_codes {
   recent_keys recent_;
 };
 
-}  // namespace vattn::sketch
+}  // namespace vattn::VATTN_ABI::sketch
+
+#include "vattn/macros_pop.hpp"

@@ -1,4 +1,5 @@
 // Principal axes of keys, dealt to groups so that every group has as much to say.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <Eigen/Eigenvalues>
@@ -10,7 +11,7 @@
 
 #include "vattn/config.hpp"
 
-namespace vattn::sketch {
+namespace vattn::VATTN_ABI::sketch {
 
 /// An orthogonal map to the principal axes of a set of points, grouped.
 struct principal_axes {
@@ -84,4 +85,6 @@ template <class Scalar = double>
   return out;
 }
 
-}  // namespace vattn::sketch
+}  // namespace vattn::VATTN_ABI::sketch
+
+#include "vattn/macros_pop.hpp"

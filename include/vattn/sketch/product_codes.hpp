@@ -1,4 +1,5 @@
 // Learned product codes of keys: 6 bits a group of principal axes, with errors that know the query's direction.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -8,7 +9,7 @@
 
 #include "vattn/sketch/learned_codes.hpp"
 
-namespace vattn::sketch {
+namespace vattn::VATTN_ABI::sketch {
 
 // Format. A key k of D coordinates becomes y = B(k − μ), B the principal axes of the training keys (rows, dealt to
 // G groups by balanced variances, principal_axes.hpp) and μ their mean; y becomes a code c of G centroids of 64
@@ -85,4 +86,6 @@ class product_codes : public learned_codes<true> {
   static constexpr std::string_view format() noexcept { return "product codes v2"; }
 };
 
-}  // namespace vattn::sketch
+}  // namespace vattn::VATTN_ABI::sketch
+
+#include "vattn/macros_pop.hpp"

@@ -1,4 +1,5 @@
 // What the scan of key codes asks for the heads of a group: their tables in whole steps, and what scores mean.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <Eigen/Core>
@@ -11,7 +12,7 @@
 #include "vattn/kernel/scan.hpp"
 #include "vattn/sketch/block_codes.hpp"
 
-namespace vattn::sketch {
+namespace vattn::VATTN_ABI::sketch {
 
 /// A scan_query without its thresholds, and the units of its scores. One step for all heads.
 struct query_tables {
@@ -85,4 +86,6 @@ struct query_tables {
   }
 };
 
-}  // namespace vattn::sketch
+}  // namespace vattn::VATTN_ABI::sketch
+
+#include "vattn/macros_pop.hpp"

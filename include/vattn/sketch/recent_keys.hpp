@@ -1,4 +1,5 @@
 // Which keys an index was last given: so that it is seen when a cache has overwritten them.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -9,7 +10,7 @@
 
 #include "vattn/kernel/row.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 /// Fingerprints of the newest keys of an index, 64 bits each. An index calls `add` with each key that it appends, and
 /// offers its object as `recent()`; append_from then finds tokens whose keys the cache has overwritten, as it does
@@ -59,4 +60,6 @@ class recent_keys {
   std::vector<float> key_;
 };
 
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

@@ -1,4 +1,5 @@
 // A fixed random rotation in O(D log D): spreads every key's energy evenly over the coordinates.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <Eigen/Core>
@@ -10,7 +11,7 @@
 
 #include "vattn/sample/philox.hpp"
 
-namespace vattn::sketch {
+namespace vattn::VATTN_ABI::sketch {
 
 /// x -> H S₂ H S₁ x / P on P = bit_ceil(dim) coordinates, 8 at least (zeros appended), H the Hadamard matrix and S
 /// random signs: orthogonal, so inner products are kept. Two rounds, since after one a vector with a single
@@ -75,4 +76,6 @@ class random_rotation {
   std::uint64_t seed_ = 0;
 };
 
-}  // namespace vattn::sketch
+}  // namespace vattn::VATTN_ABI::sketch
+
+#include "vattn/macros_pop.hpp"

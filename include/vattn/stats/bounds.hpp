@@ -1,4 +1,5 @@
 // How far an estimate may be off, by each bound: asymptotic ones from a variance, finite-sample ones from known ranges.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <cmath>
@@ -7,7 +8,7 @@
 #include "vattn/stats/promise.hpp"
 #include "vattn/stats/quantile.hpp"
 
-namespace vattn::stats {
+namespace vattn::VATTN_ABI::stats {
 
 /// What is known of an error's distribution besides its variance.
 struct error_shape {
@@ -176,9 +177,9 @@ template <class B>
   }
 }
 
-}  // namespace vattn::stats
+}  // namespace vattn::VATTN_ABI::stats
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 /// The bound slot: asymptotic or finite-sample.
 template <class B>
@@ -188,4 +189,6 @@ namespace budget {
 using stats::bernstein, stats::clt, stats::hoeffding, stats::student;
 }  // namespace budget
 
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

@@ -1,4 +1,5 @@
 // Writes what was judged into a certificate: the one place that does, whatever the design.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <cmath>
@@ -6,7 +7,7 @@
 #include "vattn/certify/certificate.hpp"
 #include "vattn/stats/judge.hpp"
 
-namespace vattn::stats {
+namespace vattn::VATTN_ABI::stats {
 
 /// How an output came about.
 struct reading {
@@ -32,4 +33,6 @@ inline void certify(certificate& c, const evidence& e, const verdict& v, const r
   c.saturated = !v.met;
 }
 
-}  // namespace vattn::stats
+}  // namespace vattn::VATTN_ABI::stats
+
+#include "vattn/macros_pop.hpp"

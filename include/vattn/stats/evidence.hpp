@@ -1,4 +1,5 @@
 // What a sample says of the output's error: one struct for every design, from sums that merge.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <cmath>
@@ -6,7 +7,7 @@
 #include "vattn/stats/promise.hpp"
 #include "vattn/stats/sums.hpp"
 
-namespace vattn::stats {
+namespace vattn::VATTN_ABI::stats {
 
 /// The estimate ô = N̂/D̂ of one head and the distribution of its errors. Variances are mean squares of errors, of
 /// vectors the trace of their covariance; all but `light` are of the whole estimate, whatever its strata.
@@ -253,4 +254,6 @@ VATTN_FN inline void add_direction(evidence& e, double variance) noexcept {
   }
 }
 
-}  // namespace vattn::stats
+}  // namespace vattn::VATTN_ABI::stats
+
+#include "vattn/macros_pop.hpp"

@@ -1,4 +1,5 @@
 // The judgement: does the promise hold for what a sample shows, and if not, what would be enough?
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <cmath>
@@ -7,7 +8,7 @@
 #include "vattn/stats/evidence.hpp"
 #include "vattn/stats/promise.hpp"
 
-namespace vattn::stats {
+namespace vattn::VATTN_ABI::stats {
 
 struct verdict {
   bool met = false;
@@ -119,4 +120,6 @@ inline constexpr double score_rounding = 1e-3;
 /// Breaches among `rows` beyond which scores do not know their own error, and nothing may rest on them.
 [[nodiscard]] VATTN_FN constexpr index_t breaches_of_errors(index_t rows) noexcept { return 2 + rows / 100; }
 
-}  // namespace vattn::stats
+}  // namespace vattn::VATTN_ABI::stats
+
+#include "vattn/macros_pop.hpp"

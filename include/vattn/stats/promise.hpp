@@ -1,9 +1,10 @@
 // What is promised of an output: the words that settings, statistics and certificates share.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include "vattn/config.hpp"
 
-namespace vattn {
+namespace vattn::VATTN_ABI {
 
 /// What kind of promise a radius is.
 enum class guarantee : std::uint8_t {
@@ -36,4 +37,6 @@ struct promise {
 };
 
 }  // namespace stats
-}  // namespace vattn
+}  // namespace vattn::VATTN_ABI
+
+#include "vattn/macros_pop.hpp"

@@ -1,4 +1,5 @@
 // Quantiles of the distributions behind the asymptotic bounds, on the host and on a GPU: no tables, no global state.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <cmath>
@@ -6,7 +7,7 @@
 
 #include "vattn/config.hpp"
 
-namespace vattn::stats {
+namespace vattn::VATTN_ABI::stats {
 
 inline constexpr double infinity = std::numeric_limits<double>::infinity();
 
@@ -171,4 +172,6 @@ struct log_tail {
   return p > 0.5 ? std::sqrt(squared_error_quantile(2 * (1 - p), 1, nu)) : 0;
 }
 
-}  // namespace vattn::stats
+}  // namespace vattn::VATTN_ABI::stats
+
+#include "vattn/macros_pop.hpp"

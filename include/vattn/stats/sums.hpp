@@ -1,5 +1,6 @@
 // The sums over sampled rows from which all statistics come. They are about a fixed centre, so that rows may be split
 // over threads, GPUs or machines in any way: parts merge, in the order of the caller, into the sums of the whole.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <cmath>
@@ -7,7 +8,7 @@
 #include "vattn/config.hpp"
 #include "vattn/stats/quantile.hpp"
 
-namespace vattn::stats {
+namespace vattn::VATTN_ABI::stats {
 
 /// Groups to which rows are dealt with random signs, for the effective dimension; at most this many.
 inline constexpr int most_groups = 16;
@@ -197,4 +198,6 @@ struct sample_sums {
   }
 };
 
-}  // namespace vattn::stats
+}  // namespace vattn::VATTN_ABI::stats
+
+#include "vattn/macros_pop.hpp"
