@@ -89,9 +89,7 @@ template <class Selector, kv_head Head>
           row, fixed, [&](index_t j) { return tokens[j < settings.sinks ? j : n - fixed + j]; }, exact, part, true))
     return false;
   // Rows that are read anyway check the bounds, of which no honest one is exceeded.
-  const auto exceeded = [&](index_t place, float logit) {
-    return stats::breaches(logit, scores[at(place)]);
-  };
+  const auto exceeded = [&](index_t place, float logit) { return stats::breaches(logit, scores[at(place)]); };
   for (index_t j = 0; j < fixed; ++j) {
     const index_t place = j < settings.sinks ? j : n - fixed + j;
     c.breaches += exceeded(place, row.logit(tokens[place]));

@@ -18,10 +18,10 @@ struct problem {
   double scale = 1;
   double softcap = 0;  ///< 0 = none
   bool causal = false;
-  std::int64_t sliding_window = 0;    ///< 0 = none
-  std::vector<double> mask;           // [n_batch, n_heads, n_queries, n_tokens], or empty
-  std::vector<double> alibi;          // [n_heads], or empty
-  std::vector<double> sinks;          // [n_heads], or empty
+  std::int64_t sliding_window = 0;      ///< 0 = none
+  std::vector<double> mask;             // [n_batch, n_heads, n_queries, n_tokens], or empty
+  std::vector<double> alibi;            // [n_heads], or empty
+  std::vector<double> sinks;            // [n_heads], or empty
   std::vector<std::int64_t> lengths{};  // [n_batch] tokens of each sequence, or empty: n_tokens
   std::vector<std::int64_t> cells{};    // [n_batch, n_tokens] positions, negative = absent; or empty: the token's own
   std::vector<std::int64_t> query_positions{};  // [n_batch, n_queries], with cells

@@ -7,7 +7,6 @@
 #include <cstdio>
 #include <string>
 
-
 #include "vattn/estimate/exact.hpp"
 #include "vattn/runtime/call.hpp"
 
