@@ -8,20 +8,20 @@ set grid lc rgb "#e4e4e4" lw 1 lt 1
 set tics nomirror tc rgb "#303030"
 set key top left reverse Left spacing 1.3
 
-set title "Failures: share of draws with error > {/Symbol e}" font ",18"
-set xlabel "{/Symbol d}, stated"
+set title "Failures: share of draws with error > ε" font ",18"
+set xlabel "δ, stated"
 set ylabel "observed share"
 set xrange [0:0.25]
 set yrange [0:0.25]
 # A little sideways noise keeps cells of one delta apart.
-plot x with lines lw 2 lc rgb "#808080" title "failures = {/Symbol d}: the promise lies below", \
-     cells using ($1 + 0.008 * (rand(0) - 0.5)):2 with points pt 7 ps 0.45 lc rgb "#9cc4e0" title "a cell (regime × values × {/Symbol e})", \
+plot x with lines lw 2 lc rgb "#808080" title "failures = δ: the promise lies below", \
+     cells using ($1 + 0.008 * (rand(0) - 0.5)):2 with points pt 7 ps 0.45 lc rgb "#9cc4e0" title "a cell (regime × values × ε)", \
      pooled using 1:2 with linespoints pt 7 ps 1.4 lw 2.5 lc rgb "#0072B2" title "all cells", \
      pooled using 1:3 with linespoints pt 5 ps 1.3 lw 2 lc rgb "#D55E00" title "all draws: error > the draw's own stated error"
 
-set title "Achieved error: (1 − {/Symbol d}) quantile of a cell" font ",18"
-set xlabel "(1 − {/Symbol d}) quantile that the certificates state, mean of the cell"
-set ylabel "true (1 − {/Symbol d}) quantile"
+set title "Achieved error: (1 − δ) quantile of a cell" font ",18"
+set xlabel "(1 − δ) quantile that the certificates state, mean of the cell"
+set ylabel "true (1 − δ) quantile"
 set logscale xy
 set xrange [1e-3:0.4]
 set yrange [1e-3:0.4]

@@ -12,7 +12,7 @@ label_of(i) = system(sprintf("echo '%s' | tr _ ' '", name[i]))
 
 set multiplot layout 1, 3 title sprintf("Selectors by sampler: %s", source) font ",20" margins 0.07, 0.99, 0.27, 0.86 spacing 0.045
 set logscale xy
-set label 1 "red ring: failures of some head far beyond {/Symbol d}" at screen 0.99, 0.035 right font ",13" tc rgb "#c00000"
+set label 1 "red ring: failures of some head far beyond δ" at screen 0.99, 0.035 right font ",13" tc rgb "#c00000"
 set xlabel "density: share of the rows that are read"
 set ylabel "90 % error, relative to |o|"
 set format x "%g"; set format y "%g"

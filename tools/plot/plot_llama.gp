@@ -18,7 +18,7 @@ set grid lc rgb "#e4e4e4" lt 1
 set logscale x
 set key at graph 0.5, -0.2 center top horizontal maxcols 2 samplen 2.5 font ",14"
 
-set xlabel sprintf("{/Symbol e} allowed ({/Symbol d} = %g)", delta)
+set xlabel sprintf("ε allowed (δ = %g)", delta)
 set xtics (0.02, 0.05, 0.1, 0.2, 0.4)
 set xrange [0.017:0.47]
 set title "accuracy (dashed: dense)" font ",16"

@@ -34,7 +34,7 @@ set lmargin at screen 0; set rmargin at screen 1; set tmargin at screen 1; set b
 set xrange [0:1]; set yrange [0:1]
 legend_x(c) = 0.105 + 0.30 * c
 legend_y(i) = 0.918 - 0.023 * i
-array heads[3] = ["{/:Bold promises nothing}", "{/:Bold promises {/Symbol e} with probability 1 − {/Symbol d}}", ""]
+array heads[3] = ["{/:Bold promises nothing}", "{/:Bold promises ε with probability 1 − δ}", ""]
 do for [c = 0:1] { set label 10 + c heads[c + 1] at screen legend_x(c) - 0.02, legend_y(-1) left }
 do for [m = 1:7] {
   c = m <= 3 ? 0 : (m <= 6 ? 1 : 2)
@@ -50,8 +50,8 @@ set arrow 31 from screen legend_x(2), legend_y(0) - 0.008 to screen legend_x(2),
   nohead lc rgb "#9cc4e0" lw 1.4
 set arrow 32 from screen legend_x(2) - 0.008, legend_y(0) + 0.008 to screen legend_x(2) + 0.008, legend_y(0) + 0.008 \
   nohead lc rgb colour[6] lw 2
-set label 30 "{/Symbol e} that vattention promised" at screen legend_x(2), legend_y(0) left offset 3.6, -0.12
-set label 33 "promise broken (failures > {/Symbol d})" at screen legend_x(2), legend_y(1) left offset 3.2, -0.12 \
+set label 30 "ε that vattention promised" at screen legend_x(2), legend_y(0) left offset 3.6, -0.12
+set label 33 "promise broken (failures > δ)" at screen legend_x(2), legend_y(1) left offset 3.2, -0.12 \
   point pt 6 ps 1.5 lc rgb "#404040" lw 1.8
 plot NaN notitle
 unset label; unset arrow
@@ -80,7 +80,6 @@ do for [r = 1:panels] {
   set label 2 word(regimes, r) at graph 0.5, 1.06 center font ",17" tc rgb "#202020"
   plot table(r, 6) using 1:(clamp($2)):(0):(log10($3 / clamp($2)) > 0 ? $3 - clamp($2) : NaN) \
          with vectors nohead lc rgb "#9cc4e0" lw 1.4, \
-       table(r, 6) using 1:3 with points pt 2 ps 0 lc rgb colour[6], \
        table(r, 6) using ($1 / 1.12):3:($1 * 0.24):(0) with vectors nohead lc rgb colour[6] lw 2, \
        for [m in "7 3 1 2 4 5 6"] table(r, m) using 1:(clamp($2)) with lines lc rgb colour[m + 0] lw width[m + 0], \
        for [m in "7 3 1 2 4 5 6"] table(r, m) using 1:($4 == 0 ? clamp($2) : NaN) with points pt full[m + 0] ps size[m + 0] \
@@ -112,8 +111,8 @@ if (judged > 0) {
   set ytics ("0" 0, "25 %%" 0.25, "50 %%" 0.5, "75 %%" 0.75, "100 %%" 1) nomirror scale 0.6
   set xtics () nomirror scale 0
   do for [r = 1:panels] { set xtics add (word(regimes, r) r) }
-  set label 1 "failures at the worst {/Symbol e} (error > {/Symbol e}), with 95 % intervals" at graph 0, 1.13 left font ",16"
-  set label 2 sprintf("{/Symbol d} = %g", delta) at first panels + 0.48, delta + 0.08 right
+  set label 1 "failures at the worst ε (error > ε), with 95 % intervals" at graph 0, 1.13 left font ",16"
+  set label 2 sprintf("δ = %g", delta) at first panels + 0.48, delta + 0.08 right
   set arrow 1 from first 0.5, delta to first panels + 0.5, delta nohead dt 2 lw 1.6 lc rgb "#404040"
   place(r, m) = r + 0.18 * (m - 5)
   fails = work . "/failures.dat"
