@@ -1,6 +1,7 @@
 // Random attention problems in the library's types, and the same numbers for the reference.
 #pragma once
 
+#include <concepts>
 #include <cstddef>
 #include <limits>
 #include <random>
@@ -60,7 +61,7 @@ struct problem {
                   return normal(random);
                 }) {}
   /// `draw()`: the next of N(0, 1).
-  template <class Draw>
+  template <std::invocable Draw>
   problem(const shape& dimensions, float spread, Draw&& draw) : s(dimensions) {
     const auto fill = [&](auto& to, index_t count, float factor, float shift) {
       using element = typename std::remove_reference_t<decltype(to)>::value_type;
