@@ -181,8 +181,8 @@ class judge {
       say("a count of the certificate is negative");
     if (n > 0 && !near(cert.density(), static_cast<double>(cert.rows()) / static_cast<double>(n), 1e-12))
       say("density %.3g", cert.density());
-    // An accepted last look that knows no range states that it knows nothing.
-    const bool unknown = cert.saturated && s.accept_last && cert.promise == guarantee::finite_sample;
+    // An accepted last look that knows no range, or too little of a denominator, states that it knows nothing.
+    const bool unknown = cert.saturated && s.accept_last;
     const auto stated = [&](double x) { return x >= 0 && (std::isfinite(x) || unknown); };
     if (!stated(cert.epsilon_achieved)) say("epsilon_achieved %.3g", cert.epsilon_achieved);
     if (!stated(cert.denominator_error)) say("denominator_error %.3g", cert.denominator_error);

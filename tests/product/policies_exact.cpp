@@ -36,6 +36,7 @@ void run(call& c) {
   });
   if (done) return;
   with_any_cache(c, [&](const any_kv& cache) {
+    if (refused_for_order(cache, c)) return;
     if (c.of[query_axis] == 0) return exactly<float>(cache, c);
     c.of[query_axis] == 1 ? exactly<Eigen::half>(cache, c) : exactly<Eigen::bfloat16>(cache, c);
   });

@@ -163,6 +163,17 @@ template <class KV>
   }
 }
 
+/// A cache whose rows are in no order says so by the type of its heads, which an erased one hides: that is asked.
+template <class KV>
+[[nodiscard]] bool refused_for_order(const KV& cache, call& c) {
+  if constexpr (std::is_same_v<KV, any_kv>) {
+    if (cache.in_order()) return false;
+    c.returned = cache.check(c.options, c.results.view(), c.q_extents);
+    return !c.returned;
+  }
+  return false;
+}
+
 /// `typed`: with the library's own executors and observers, as users have them; else with erased ones.
 template <class Policy, class Q, bool typed, class KV>
 void perform(const KV& given, call& c) {
@@ -176,12 +187,7 @@ void perform(const KV& given, call& c) {
   const tensor_view<const Q, 4> q = c.query<Q>();
   const bool watched = c.of[observer_axis] != nobody;
   any_observer observer{watched ? &c.audit : nullptr};
-  if constexpr (std::is_same_v<KV, any_kv>) {  // which cannot say so of its heads
-    if (!cache.in_order()) {
-      c.returned = cache.check(c.options, c.results.view(), c.q_extents);
-      if (!c.returned) return;
-    }
-  }
+  if (refused_for_order(cache, c)) return;
 
   using executor_type = std::conditional_t<typed, chosen_executor, any_executor>;
   const auto once = [&](const attention_result& to, executor_type& exec, workspace& memory, bool audited) {
