@@ -1,11 +1,13 @@
 // What `roofline` times: the memory itself, dense attention, and verified sparse modes, behind one interface.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <chrono>
 #include <memory>
 #include <mutex>
+#include <random>
 #include <string>
 #include <vector>
 
@@ -306,6 +308,100 @@ class store_mode : public roofline_mode<T> {
   workspace memory_;
 };
 
+/// The functor by an index beside the cache as it lies, or beside pages of 16 tokens that hold the same rows; what the
+/// last step found is remembered where it is `warm`.
+template <class T, bool Paged>
+class index_mode : public roofline_mode<T> {
+  struct timed_sampler : sample::from_index {
+    static void enter(sample::store_stage s) noexcept { stage_clock::enter(s); }
+  };
+  struct timed_policy : index_policy {
+    using sampler = timed_sampler;
+  };
+
+ public:
+  index_mode(std::string name, bool warm) : roofline_mode<T>(std::move(name)), warm_(warm) {}
+  void prepare(const roofline_step<T>& s) override {
+    const cache_shape& c = s.cache.shape();
+    index_.clear();
+    index_.emplace_back(index_shape{.n_kv_heads = c.kv_heads, .dk = c.dim, .dv = c.dim, .seed = 1});
+    if (const status made = index_[0].build(s.cache.view()); !made) throw std::runtime_error(made.message());
+    remembered_.assign(warm_ ? static_cast<std::size_t>(c.kv_heads) : 0, {});
+    row_bytes_ = static_cast<double>(s.cache.bytes());
+    if constexpr (Paged) make_pages(s.cache);
+  }
+  status run(const roofline_step<T>& s, std::uint32_t number) override {
+    config c;
+    c.epsilon = s.epsilon, c.delta = s.delta;
+    c.sinks = c.window = 16;
+    const vattention<timed_policy> attend(c, {index_, remembered_});
+    const auto call = [&](const auto& view) {
+      return attend(s.cache.query(), view, s.cache.options(), s.result(), memory_, {.seed = 1, .step = number}, s.pool);
+    };
+    status done;
+    if constexpr (Paged) {
+      done = call(pages(s.cache.shape()));
+    } else {
+      done = call(s.cache.view());
+    }
+    stage_clock::stop();
+    return done;
+  }
+  [[nodiscard]] bool verifies() const override { return true; }
+  [[nodiscard]] bool by_default() const override { return false; }
+  [[nodiscard]] std::vector<double> take_stages(int steps) override {
+    std::vector<double> ms;
+    for (const double all : stage_clock::take()) ms.push_back(all / steps);
+    return ms;
+  }
+  [[nodiscard]] double sketch_share() const override { return static_cast<double>(index_[0].bytes()) / row_bytes_; }
+
+ private:
+  static constexpr index_t page = 16;
+
+  // FlashInfer's HND pages, in random order.
+  void make_pages(const roofline_cache<T>& cache) requires kernel::element<T> {
+    const cache_shape& c = cache.shape();
+    const index_t count = (c.n + page - 1) / page;
+    indices_.resize(static_cast<std::size_t>(count));
+    for (index_t i = 0; i < count; ++i) indices_[static_cast<std::size_t>(i)] = static_cast<std::int32_t>(i);
+    std::shuffle(indices_.begin(), indices_.end(), std::mt19937_64(3));
+    indptr_ = {0, static_cast<std::int32_t>(count)};
+    last_ = static_cast<std::int32_t>((c.n - 1) % page + 1);
+    const auto row = static_cast<std::size_t>(cache.row_bytes());
+    k_ = huge_pages(static_cast<std::size_t>(count * c.kv_heads * page) * row);
+    v_ = huge_pages(k_.size());
+    for (index_t token = 0; token < c.n; ++token) {
+      for (index_t h = 0; h < c.kv_heads; ++h) {
+        const index_t at = (indices_[static_cast<std::size_t>(token / page)] * c.kv_heads + h) * page + token % page;
+        std::memcpy(k_.data() + static_cast<std::size_t>(at) * row, cache.k(h) + token * cache.row_bytes(), row);
+        std::memcpy(v_.data() + static_cast<std::size_t>(at) * row, cache.v(h) + token * cache.row_bytes(), row);
+      }
+    }
+  }
+  [[nodiscard]] auto pages(const cache_shape& c) const requires kernel::element<T> {
+    return flashinfer_paged_kv(reinterpret_cast<const T*>(k_.data()), reinterpret_cast<const T*>(v_.data()),
+                               page_order::hnd, flashinfer_pages{.n_pages = static_cast<index_t>(indices_.size()),
+                                              .page_size = page,
+                                              .n_kv_heads = c.kv_heads,
+                                              .dk = c.dim,
+                                              .dv = c.dim,
+                                              .n_batch = 1,
+                                              .indptr = indptr_.data(),
+                                              .indices = indices_.data(),
+                                              .last_page_len = &last_});
+  }
+
+  bool warm_;
+  double row_bytes_ = 0;
+  std::vector<kv_index> index_;
+  std::vector<index_memory> remembered_;
+  page_buffer k_, v_;  // [pages, kv_heads, page, dim]
+  std::vector<std::int32_t> indices_, indptr_;
+  std::int32_t last_ = 0;
+  workspace memory_;
+};
+
 /// A token appended to a store: one after other data has been in the caches, as between two steps of a layer, or many.
 template <class T>
 class append_mode : public roofline_mode<T> {
@@ -393,7 +489,11 @@ template <class T>
   modes.push_back(std::make_unique<random_rows_mode<T>>(true));
   modes.push_back(std::make_unique<dense_mode<T>>());
   modes.push_back(std::make_unique<functor_mode<T, uniform_policy>>("uniform"));
+  modes.push_back(std::make_unique<index_mode<T, false>>("index", false));
+  modes.push_back(std::make_unique<index_mode<T, false>>("index_warm", true));
   if constexpr (kernel::element<T>) {
+    modes.push_back(std::make_unique<index_mode<T, true>>("index_paged", false));
+    modes.push_back(std::make_unique<index_mode<T, true>>("index_paged_warm", true));
     modes.push_back(std::make_unique<store_mode<T>>());
     modes.push_back(std::make_unique<append_mode<T>>("append", 1));
     modes.push_back(std::make_unique<append_mode<T>>("append_many", 256));

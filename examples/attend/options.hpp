@@ -30,7 +30,7 @@ inline void add_options(CLI::App& app, request& r) {
              "see the X tokens up to the own position alone; 0 = all");
 
   add_choice(app, "Method", "--method", r.how, method_names(),
-             "dense|top-k|sample|sinks-window|magic-pig|vattention|store", "default vattention");
+             "dense|top-k|sample|sinks-window|magic-pig|vattention|store|index", "default vattention");
   add_number(app, "Method", "--epsilon", r.settings.epsilon, "error allowed, in (0, 1); default 0.05");
   add_method_options(app, r);
   app.add_flag("--joint", r.settings.joint, "delta is for all queries and heads together, not for each")

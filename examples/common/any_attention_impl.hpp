@@ -78,6 +78,7 @@ class any_attention<T>::engine {
   void append(const kv_view<T>& cache) {
     if (choice_.how == method::magic_pig) return append_to_pigs(cache);
     if (choice_.how == method::store) return append_to_store(cache);
+    if (choice_.how == method::index) return append_to_index(cache);
     if (choice_.how != method::vattention || choice_.selector == "exact" || choice_.selector == "streaming-llm") return;
     if (std::holds_alternative<std::monostate>(heads_)) {
       const selector_entry& entry = *find_selector(choice_.selector);
@@ -100,10 +101,12 @@ class any_attention<T>::engine {
   void truncate(index_t n) {
     for_each_index([n](auto& index, index_t) { index.truncate(n); });
     store_.truncate(n);
+    for (kv_index& i : index_) i.truncate(n);
   }
 
   [[nodiscard]] std::size_t bytes() {
     std::size_t sum = store_.row_bytes() + store_.sketch_bytes();
+    for (const kv_index& i : index_) sum += i.bytes();
     for_each_index([&](const auto& index, index_t) { sum += index.bytes(); });
     return sum;
   }
@@ -129,6 +132,10 @@ class any_attention<T>::engine {
       case method::store:
         append(c.cache);
         return vattention<store_policy>(s)(c.q, store_, c.options, c.result, memory_, c.key, c.exec);
+      case method::index:
+        append(c.cache);
+        return vattention<index_policy>(s, {index_, remembered_})(c.q, c.cache, c.options, c.result, memory_, c.key,
+                                                                  c.exec);
       default:
         break;
     }
@@ -282,6 +289,15 @@ class any_attention<T>::engine {
     }
   }
 
+  void append_to_index(const kv_view<T>& cache) {
+    if (index_.empty()) {
+      index_.emplace_back(index_shape{
+          .n_kv_heads = cache.n_kv_heads(), .dk = cache.dk(), .dv = cache.dv(), .seed = index_seed});
+      remembered_.resize(static_cast<std::size_t>(cache.n_kv_heads()));
+    }
+    if (const status s = index_[0].append_from(cache); !s) throw std::runtime_error(s.message());
+  }
+
   template <class Target>
   [[nodiscard]] status with_target(const attention_call<T>& c) {
     switch (choice_.bound) {
@@ -314,6 +330,8 @@ class any_attention<T>::engine {
   std::vector<any_index<score_says::estimate>> coarse_;
   std::vector<select::magic_pig> pigs_;
   shuffled_store<T> store_;
+  std::vector<kv_index> index_;           // one, once there is a cache
+  std::vector<index_memory> remembered_;  // [KV heads]
 };
 
 template <class T>

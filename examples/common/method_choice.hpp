@@ -11,16 +11,17 @@
 
 namespace vattn::examples {
 
-enum class method : std::uint8_t { dense, top_k, sample, sinks_window, magic_pig, vattention, store };
+enum class method : std::uint8_t { dense, top_k, sample, sinks_window, magic_pig, vattention, store, index };
 enum class sampler_kind : std::uint8_t { uniform, importance };
 enum class bound_kind : std::uint8_t { clt, student, bernstein, hoeffding };
 
 [[nodiscard]] constexpr const char* to_string(method m) {
-  constexpr const char* names[] = {"dense", "top-k", "sample", "sinks-window", "magic-pig", "vattention", "store"};
+  constexpr const char* names[] = {"dense",     "top-k",      "sample", "sinks-window",
+                                   "magic-pig", "vattention", "store",  "index"};
   return names[static_cast<std::size_t>(m)];
 }
 /// Whether a method has an ε and a δ to keep.
-[[nodiscard]] constexpr bool promises(method m) { return m == method::vattention || m == method::store; }
+[[nodiscard]] constexpr bool promises(method m) { return m == method::vattention || m == method::store || m == method::index; }
 [[nodiscard]] constexpr const char* to_string(sampler_kind s) {
   return s == sampler_kind::importance ? "importance" : "uniform";
 }
@@ -50,10 +51,10 @@ struct method_choice {
   const bool finite_sample = m.bound == bound_kind::bernstein || m.bound == bound_kind::hoeffding;
   const bool importance = m.sampler == sampler_kind::importance;
   const auto refuse = [](const char* what) { return status::error(errc::invalid_argument, "%s", what); };
-  if (m.how == method::store) {
+  if (m.how == method::store || m.how == method::index) {
     if (m.target != target_kind::output || m.bound != bound_kind::clt)
-      return refuse("--method store goes with --target output and --bound clt");
-    return {};  // the store's codes score and sample
+      return refuse("--method store and index go with --target output and --bound clt");
+    return {};  // their codes score and sample
   }
   if ((m.selector != "exact" || importance) && (m.target != target_kind::output || m.top_p > 0))
     return refuse("--selector and --sampler importance go with --target output, and without --top-p");

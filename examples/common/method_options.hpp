@@ -17,7 +17,7 @@ namespace vattn::examples {
   static const std::map<std::string, method> names = [] {
     std::map<std::string, method> all;
     for (const method m : {method::dense, method::top_k, method::sample, method::sinks_window, method::magic_pig,
-                           method::vattention, method::store})
+                           method::vattention, method::store, method::index})
       all[to_string(m)] = m;
     return all;
   }();

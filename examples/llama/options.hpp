@@ -67,11 +67,11 @@ inline void add_options(CLI::App& app, request& r) {
            for (const auto& name : names)
              r.methods.push_back(examples::named("--method", examples::method_names(), name));
          },
-         "a list of dense, top-k, sample, sinks-window, magic-pig, vattention (default), store: all on one prefill")
+         "a list of dense, top-k, sample, sinks-window, magic-pig, vattention (default), store, index: all on one prefill")
       ->delimiter(',')
       ->type_name("NAME,...")
       ->group("Method");
-  app.add_option("--epsilon", r.epsilons, "vattention, store: errors allowed, in (0, 1), a list; default 0.1")
+  app.add_option("--epsilon", r.epsilons, "vattention, store, index: errors allowed, in (0, 1), a list; default 0.1")
       ->delimiter(',')
       ->type_name("X,...")
       ->group("Method");

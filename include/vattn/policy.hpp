@@ -5,6 +5,7 @@
 #include "vattn/budget/output.hpp"
 #include "vattn/budget/targets.hpp"
 #include "vattn/configuration.hpp"
+#include "vattn/index/index_attention.hpp"
 #include "vattn/sample/importance.hpp"
 #include "vattn/sample/uniform.hpp"
 #include "vattn/select/index.hpp"
@@ -38,6 +39,12 @@ struct store_policy : default_policy {
   using sampler = sample::from_store;
 };
 
+/// The fast one beside any cache: a kv_index for each sequence instead of a selector (index/index_attention.hpp).
+struct index_policy : default_policy {
+  using selector = select::beside;
+  using sampler = sample::from_index;
+};
+
 /// The paper's algorithm: ranking by logits, pilot, one budget from the pilot.
 template <class Target>
 struct published_policy : default_policy {
@@ -69,6 +76,11 @@ template <class S>
 concept samples_a_store = requires {
   requires S::is_store;
 };
+/// sample::from_index, or derived from it.
+template <class S>
+concept samples_by_index = requires {
+  requires S::is_index;
+};
 /// sample::by_group_importance: one sample for the query heads of a KV head.
 template <class S>
 concept group_sampler = importance_sampler<S> && requires {
@@ -95,7 +107,7 @@ concept two_phase_selector = requires(const S& s) {
 /// Every slot holds what its concept asks for; whether they go together is another question.
 template <class P>
 concept has_sampler = uniform_sampler<typename P::sampler> || importance_sampler<typename P::sampler> ||
-    samples_a_store<typename P::sampler>;
+    samples_a_store<typename P::sampler> || samples_by_index<typename P::sampler>;
 template <class P>
 concept has_selector = selector_for<typename P::selector, query_row<detail::any_head>>;
 template <class P>
@@ -111,16 +123,23 @@ inline constexpr bool finite_sample = P::bound::kind == guarantee::finite_sample
 template <class P>
 inline constexpr bool from_store = samples_a_store<typename P::sampler>;
 template <class P>
+inline constexpr bool from_index = samples_by_index<typename P::sampler>;
+template <class P>
 inline constexpr bool by_importance = importance_sampler<typename P::sampler>;
 
 /// Samples of unequal probability are judged by the output's error alone.
 template <class P>
-concept target = !(from_store<P> || by_importance<P>) || P::target::kind == target_kind::output;
+concept target = !(from_store<P> || from_index<P> || by_importance<P>) || P::target::kind == target_kind::output;
 /// A store's scores come from its own codes, and bound nothing.
 template <class P>
 concept store_selector = !from_store<P> || std::same_as<typename P::selector, select::none>;
 template <class P>
 concept store_bound = !from_store<P> || !finite_sample<P>;
+/// The same of an index, which is the selector: and is one to nobody else.
+template <class P>
+concept index_selector = from_index<P> == std::same_as<typename P::selector, select::beside>;
+template <class P>
+concept index_bound = !from_index<P> || !finite_sample<P>;
 /// Asymptotic importance sampling makes probabilities of estimates and of their errors.
 template <class P>
 concept estimates = !by_importance<P> || finite_sample<P> || estimates_logits<typename P::selector>;
@@ -147,7 +166,7 @@ concept sound_scores = !finite_sample<P> || !scores_may_be_exceeded<typename P::
 /// target (a finite-sample bound to which the scores give no range reads all rows); a selector's heavy share is theirs
 /// alone: importance samplers take its scores.
 template <class P>
-concept attention_policy = has_slots<P> && mix::target<P> && mix::store_selector<P> && mix::store_bound<P> &&
+concept attention_policy = has_slots<P> && mix::target<P> && mix::store_selector<P> && mix::store_bound<P> && mix::index_selector<P> && mix::index_bound<P> &&
     mix::estimates<P> && mix::hard_bounds<P> && mix::certified_sampler<P> && mix::certified_bound<P> &&
     mix::phases<P> && mix::sound_scores<P>;
 

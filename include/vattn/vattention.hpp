@@ -40,6 +40,11 @@ class vattention {
   static_assert(!has_slots<Policy> || mix::store_bound<Policy>,
                 "vattention<Policy>: supply budget::clt or budget::student: a store's codes bound nothing for certain "
                 "(certified_policy over a view does)");
+  static_assert(!has_slots<Policy> || mix::index_selector<Policy>,
+                "vattention<Policy>: supply sample::from_index together with select::beside, or neither");
+  static_assert(!has_slots<Policy> || mix::index_bound<Policy>,
+                "vattention<Policy>: supply budget::clt or budget::student: the codes of an index bound nothing for "
+                "certain (certified_policy does)");
   static_assert(!has_slots<Policy> || mix::phases<Policy>,
                 "vattention<Policy>: supply sample::in_two_phases together with select::two_phase, or neither");
   static_assert(!has_slots<Policy> || mix::estimates<Policy>,
@@ -76,6 +81,7 @@ class vattention {
     scratch::sparse_sizes sparse = sizes(n, dv);
     // The same for elements of any type.
     if constexpr (from_store) sparse.group_bytes = store_bytes<store_head<float>>(n, max_group, dk, dv);
+    if constexpr (beside_cache) sparse.group_bytes = index_bytes(n, max_group, dk, dv, fixed_rows());
     return call_bytes(n, dk, dv, masked, sparse, workers);
   }
 
@@ -108,6 +114,23 @@ class vattention {
       }
       sparse.group_bytes = store_bytes<head>(longest(cache), max_group, cache.dk(), cache.dv());
     }
+    if constexpr (beside_cache) {
+      if (status s = check_index_call(cache, selector_); !s) return s;
+      using head = std::remove_cvref_t<decltype(cache.head(0, 0))>;
+      // All heads at once, each cut among the threads: but not where an observer waits for each.
+      if constexpr (strided_head<head> && std::same_as<std::remove_cvref_t<Observer>, unobserved> &&
+                    !partial_executor<std::remove_cvref_t<E>>) {
+        if (!result.decisions.tokens && !options.positions &&
+            !index_sampler<Policy, head>::may_pay(longest(cache), fixed_rows())) {
+          const status s = exactly<head>(q, cache, options, result, memory, exec);
+          if (s.code() != errc::workspace_too_small) return s;  // sized for what needs less
+        }
+      }
+      // Several tasks would write what is remembered of one KV head.
+      if (q.extents[1] != 1 || q.extents[2] / cache.n_kv_heads() > max_group || !options.mask.same_for_heads())
+        each.selector_.memory = {};
+      sparse.group_bytes = index_bytes(longest(cache), max_group, cache.dk(), cache.dv(), fixed_rows());
+    }
     sparse.shared = std::clamp<index_t>(q.extents[2] / cache.n_kv_heads(), 1, sparse.shared);
     return for_each_group(q, cache, options, result, memory, key, exec, sparse, [&](auto& heads) {
       each.attend(heads);
@@ -138,12 +161,12 @@ class vattention {
   // The heads of a group: together where one sample serves them all, else one after another.
   template <kv_head Head>
   void attend(head_group<Head>& heads) const noexcept {
-    bool sparse = from_store;
+    bool sparse = from_store || beside_cache;
     for (index_t g = 0; g < heads.size(); ++g) {
       head_task<Head>& task = heads[g];
       certificate& c = task.c;
       state_promise(c);
-      if constexpr (from_store) continue;
+      if constexpr (from_store || beside_cache) continue;
       if (settings_.sinks + settings_.window + settings_.min_sample >= max_rows(c.n)) {
         task.ok = task.ok && attend_exactly(task.row, task.tokens, task.s, task.state, c);
       } else {
@@ -151,7 +174,9 @@ class vattention {
       }
     }
     if (!sparse) return;
-    if constexpr (from_store) {
+    if constexpr (beside_cache) {
+      attend_by_index<Policy>(heads, settings_, selector_);
+    } else if constexpr (from_store) {
       attend_from_store<Policy>(heads, settings_);
     } else if constexpr (!importance_sampler<sampler>) {
       for (index_t g = 0; g < heads.size(); ++g) {
@@ -167,6 +192,8 @@ class vattention {
       attend_by_importance<bound>(heads, settings_, selector_, sampler::shape);
     }
   }
+
+  [[nodiscard]] index_t fixed_rows() const noexcept { return settings_.sinks + settings_.window; }
 
   [[nodiscard]] index_t max_rows(index_t n) const noexcept {
     return static_cast<index_t>(settings_.max_density * static_cast<double>(n));
@@ -293,6 +320,7 @@ class vattention {
   static constexpr bool has_index = requires(const selector& s) { s.heads; };
   static constexpr bool shares_sample = group_sampler<sampler>;
   static constexpr bool from_store = samples_a_store<sampler>;
+  static constexpr bool beside_cache = samples_by_index<sampler>;
   static constexpr bool two_phases = phased_sampler<sampler>;
 
   [[nodiscard]] scratch::sparse_sizes sizes(index_t n, index_t dv) const noexcept {
@@ -300,7 +328,9 @@ class vattention {
     scratch::sparse_sizes sizes{.selector = selector_scratch(selector_), .sampled = true, .observed = true};
     sizes.sinks = settings_.sinks, sizes.window = settings_.window;
     sizes.errors = importance_sampler<sampler> || requires { requires selector::wants_errors; };
-    if constexpr (from_store) {
+    if constexpr (beside_cache) {
+      return {.observed = true, .sinks = settings_.sinks, .window = settings_.window, .shared = max_group};
+    } else if constexpr (from_store) {
       return {.observed = true, .shared = max_group};
     } else if constexpr (importance_sampler<sampler>) {
       sizes.weighted = most;

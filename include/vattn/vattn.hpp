@@ -37,6 +37,8 @@
 #include "vattn/importance_attention.hpp"  // rows by importance
 #include "vattn/kv/store.hpp"           // a cache made to be sampled
 #include "vattn/store_attention.hpp"    // and verified decode from it
+#include "vattn/index/kv_index.hpp"     // an index beside any cache
+#include "vattn/index/index_attention.hpp"  // and verified decode by it
 #include "vattn/vattention.hpp"         // the rows that are needed
 #include "vattn/kv/reference.hpp"       // an owner where views are taken
 #include "vattn/runtime/plan.hpp"       // planned once, run by an engine's own threads

@@ -134,7 +134,13 @@ template <archivable T>
                          static_cast<int>(std::min<std::size_t>(format.size(), 64)), format.data(),
                          std::string(T::format()).c_str());
   }
-  T fresh = state;
+  T fresh = [&] {
+    if constexpr (std::is_copy_constructible_v<T>) {
+      return state;
+    } else {
+      return T();
+    }
+  }();
   fresh.archive(a);
   if constexpr (requires { fresh.recent(); }) fresh.recent() = {};  // it is not of these keys
   if (!a.ok() || !a.at_end() || !fresh.valid()) {

@@ -1,0 +1,143 @@
+// An index beside a cache: what it holds is what its rows say, however they came; saved, loaded, and its errors.
+#include "vattn/index/kv_index.hpp"
+
+#include <random>
+
+#include "support/catch.hpp"
+#include "support/problem.hpp"
+
+namespace {
+
+using namespace vattn;
+using test::problem;
+using test::shape;
+
+bool same(const kv_index& a, const kv_index& b) {
+  if (a.size() != b.size() || a.bits() != b.bits()) return false;
+  for (index_t h = 0; h < a.shape().n_kv_heads; ++h) {
+    const auto x = a.codes(h).blocks(), y = b.codes(h).blocks();
+    const auto u = a.codes(h).coded(), v = b.codes(h).coded();
+    if (!std::equal(x.begin(), x.end(), y.begin(), y.end()) || !std::equal(u.begin(), u.end(), v.begin(), v.end()))
+      return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+TEST_CASE("after any appends, overwrites, erasures and truncations an index equals one that saw the rows once",
+          "[index]") {
+  problem<float> p(shape{.heads = 2, .kv_heads = 2, .n = 900, .dk = 16, .dv = 8});
+  kv_index index({.n_kv_heads = 2, .dk = 16, .dv = 8, .bits = 2});
+  REQUIRE(index.build(p.cache()).ok());
+  std::mt19937 random(1);
+  std::normal_distribution<float> normal;
+  std::vector<bool> empty(900, false);
+  const auto view = [&](index_t n) {
+    kv_shape s = p.cache_shape();
+    s.n_tokens = n;
+    const kv_strides k{.token = 64, .head = 64 * 900}, v{.token = 32, .head = 32 * 900};
+    return kv_view<float>(p.k.data(), k, p.v.data(), v, s);
+  };
+  index_t n = 900;
+  for (int step = 0; step < 30000; ++step) {
+    const auto cell = static_cast<index_t>(random() % 900);
+    switch (random() % 4) {
+      case 0:  // another token in a cell
+        if (cell >= n) break;
+        for (index_t h = 0; h < 2; ++h) {
+          for (index_t j = 0; j < 16; ++j) p.k[static_cast<std::size_t>((h * 900 + cell) * 16 + j)] = normal(random);
+          for (index_t j = 0; j < 8; ++j) p.v[static_cast<std::size_t>((h * 900 + cell) * 8 + j)] = normal(random);
+        }
+        REQUIRE(index.update(view(n), cell, cell + 1).ok());
+        empty[static_cast<std::size_t>(cell)] = false;
+        break;
+      case 1:
+        if (cell >= n) break;
+        index.erase(cell, cell + 1);
+        empty[static_cast<std::size_t>(cell)] = true;
+        break;
+      case 2:
+        if (random() % 64 == 0) index.truncate(n = cell);
+        break;
+      default:
+        if (n == 900) break;
+        n = std::min<index_t>(900, n + static_cast<index_t>(random() % 20));
+        for (index_t c = index.size(); c < n; ++c) empty[static_cast<std::size_t>(c)] = false;
+        REQUIRE(index.append_from(view(n)).ok());
+    }
+  }
+  kv_index again;
+  REQUIRE(load(save(index), again).ok());
+  CHECK(same(index, again));
+  REQUIRE(again.update(view(n), 0, n).ok());
+  for (index_t c = 0; c < n; ++c) {
+    if (empty[static_cast<std::size_t>(c)]) again.erase(c, c + 1);
+  }
+  CHECK(same(index, again));
+}
+
+TEST_CASE("an index of 2 bits takes less than 8 % of a cache of 16 bits at head size 128", "[index]") {
+  problem<Eigen::half> p(shape{.heads = 1, .kv_heads = 1, .n = 8192, .dk = 128, .dv = 128});
+  kv_index index({.dk = 128, .dv = 128});
+  REQUIRE(index.build(p.cache()).ok());
+  CHECK(index.bits() <= 2);
+  CHECK(index.size() == 8192);
+  CHECK(static_cast<double>(index.bytes()) < 0.08 * 8192 * 512);
+  CHECK(index.codes(0).codes() == 8192);
+}
+
+TEST_CASE("an index that grows from nothing is built anew until its sample is large", "[index]") {
+  problem<float> p(shape{.heads = 1, .kv_heads = 1, .n = 300, .dk = 32, .dv = 32});
+  kv_index index({.dk = 32, .dv = 32, .bits = 2});
+  kv_shape s = p.cache_shape();
+  for (s.n_tokens = 1; s.n_tokens <= 300; ++s.n_tokens) {
+    const kv_strides by{.token = 128};
+    REQUIRE(index.append_from(kv_view<float>(p.k.data(), by, p.v.data(), by, s)).ok());
+  }
+  CHECK(index.size() == 300);
+  CHECK(index.built_from() == 256);
+  CHECK(index.codes(0).codes() > 290);
+}
+
+TEST_CASE("a code from rows that the caller has is that of the cache", "[index]") {
+  problem<float> p(shape{.heads = 2, .kv_heads = 2, .n = 128, .dk = 16, .dv = 16});
+  kv_index a({.n_kv_heads = 2, .dk = 16, .dv = 16, .bits = 3}), b;
+  REQUIRE(a.build(p.cache()).ok());
+  REQUIRE(load(save(a), b).ok());
+  b.erase(0, 128);
+  CHECK_FALSE(same(a, b));
+  for (index_t c = 127; c >= 0; --c) {
+    REQUIRE(b.set(
+                 c, [&](index_t h) { return p.cache().head(0, h).key(c); },
+                 [&](index_t h) { return p.cache().head(0, h).value(c); })
+                .ok());
+  }
+  CHECK(same(a, b));
+}
+
+TEST_CASE("what is wrong with an index is said before anything is changed", "[index]") {
+  problem<float> p(shape{.heads = 1, .kv_heads = 1, .n = 70, .dk = 16, .dv = 16});
+  CHECK_FALSE(kv_index({.n_kv_heads = 0, .dk = 16, .dv = 16}).validate().ok());
+  CHECK_FALSE(kv_index({.dk = 16, .dv = 16, .bits = 5}).build(p.cache()).ok());
+  CHECK_FALSE(kv_index().build(p.cache()).ok());
+  kv_index wrong({.dk = 32, .dv = 16});
+  CHECK_FALSE(wrong.build(p.cache()).ok());
+  kv_index index({.dk = 16, .dv = 16});
+  CHECK_FALSE(index.build(p.cache(), 1).ok());
+  CHECK_FALSE(index.update(p.cache(), -1, 3).ok());
+  CHECK_FALSE(index.update(p.cache(), 0, 71).ok());
+  CHECK_FALSE(index.set(-1, [&](index_t) { return p.cache().head(0, 0).key(0); },
+                        [&](index_t) { return p.cache().head(0, 0).value(0); })
+                  .ok());
+  CHECK(index.size() == 0);
+  CHECK(index.build(p.cache()).ok());
+  std::vector<std::byte> bytes = save(index);
+  kv_index loaded;
+  for (const std::size_t cut : {bytes.size() - 1, bytes.size() / 2, std::size_t{40}}) {
+    CHECK_FALSE(load(std::span<const std::byte>(bytes).first(cut), loaded).ok());
+    CHECK(loaded.size() == 0);
+  }
+  REQUIRE(load(bytes, loaded).ok());
+  CHECK(same(index, loaded));
+}
