@@ -21,32 +21,36 @@ struct dense_shared {
     float4 sums[D / 8][32];
   } warp[gather_warps];
   float maximum[gather_warps][16], denominator[gather_warps][16];
-  int listed, last;
-  unsigned short list[2048];
+  int last;
+  group_list list;
 };
 
-// 16 rows from `token` on: keys and values to a stage of the ring. Lane l copies 16 bytes of row l/(D/8) of each 256/D.
-template <int D, class Token>
-__device__ inline void fetch_rows(const kernel_arguments& k, const head_rows& at, char (*to)[16][2 * D + 16], int lane,
-                                  Token&& token) {
+// 16 rows: keys and values to a stage of the ring. `mine` is where the row of lane's number mod 16 begins, in elements; a
+// row's 16 bytes are copied by D/8 lanes.
+template <int D>
+__device__ inline void fetch_rows(const kernel_arguments& k, std::int64_t mine, char (*to)[16][2 * D + 16], int lane) {
   constexpr int lanes = D / 8, together = 32 / lanes;
-  const auto *K = static_cast<const unsigned short*>(k.a.cache.k), *V = static_cast<const unsigned short*>(k.a.cache.v);
+  const auto *K = static_cast<const unsigned short*>(k.a.cache.k) + lane % lanes * 8,
+             *V = static_cast<const unsigned short*>(k.a.cache.v) + lane % lanes * 8;
+  char* into = to[0][lane / lanes] + lane % lanes * 16;
 #pragma unroll
   for (int r = 0; r < 16; r += together) {
-    const int row = r + lane / lanes, column = lane % lanes;
-    const std::int64_t from = at(token(row)) + column * 8;
-    copy16(to[0][row] + column * 16, K + from);
-    copy16(to[1][row] + column * 16, V + from);
+    const std::int64_t from = __shfl_sync(full, static_cast<long long>(mine), r + lane / lanes);
+    copy16(into + r * (2 * D + 16), K + from);
+    copy16(into + (16 + r) * (2 * D + 16), V + from);
   }
   commit_copies();
+}
+// cap·tanh(x/cap), to some 1e-7 of the cap.
+__device__ inline float capped(float x, float cap) {
+  return cap - 2 * cap * __fdividef(1.0f, 1 + exp2_of(2 * log2_e / cap * x));
 }
 
 // One block's work is a piece of a sequence for one KV head, all of its query heads at once (rows of the products).
 // Warps take batches of 16 rows in turn with a softmax of their own; the last piece to arrive merges. `rest`: only heads
 // whose `open` is 2.
 template <class T, int D>
-__global__ __launch_bounds__(gather_warps * 32, 1) void dense_kernel(const __grid_constant__ kernel_arguments k,
-                                                                     int groups, bool rest) {
+__global__ __launch_bounds__(gather_warps * 32, 2) void dense_kernel(const __grid_constant__ kernel_arguments k, bool rest) {
   extern __shared__ __align__(128) char memory[];
   auto& s = *reinterpret_cast<dense_shared<T, D>*>(memory);
   using E = element_of<T>;
@@ -54,29 +58,13 @@ __global__ __launch_bounds__(gather_warps * 32, 1) void dense_kernel(const __gri
   const int tid = static_cast<int>(threadIdx.x), lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
   const int heads = k.group;
   after_last_kernel();
-  for (int base = 0; base < groups; base += 2048) {
-    const int here = min(2048, groups - base);
-    if (tid == 0) s.listed = 0;
-    __syncthreads();
-    for (int from = 0; from < here; from += gather_warps * 32) {  // in order, so that who does what does not vary
-      bool wanted = from + tid < here;
-      if (wanted && rest) {
-        wanted = false;
-        for (int h = 0; h < heads; ++h) wanted |= __ldcg(k.w.open + (base + from + tid) * heads + h) == 2;
-      }
-      for (int w = 0; w < gather_warps; ++w) {
-        if (warp == w) {
-          const unsigned all = __ballot_sync(full, wanted);
-          if (wanted) s.list[s.listed + __popc(all & ((1u << lane) - 1))] = static_cast<unsigned short>(from + tid);
-          __syncwarp();
-          if (lane == 0) s.listed += __popc(all);
-        }
-        __syncthreads();
-      }
-    }
-    const int items = s.listed * k.pieces;
+#pragma unroll 1
+  for (int base = 0; base < k.groups; base += listed_groups) {
+    list_groups<gather_warps * 32>(k, base, rest ? 2 : -1, s.list);
+    const int items = s.list.size * k.pieces;
+#pragma unroll 1
     for (int item = static_cast<int>(blockIdx.x); item < items; item += static_cast<int>(gridDim.x)) {
-      const int group = base + s.list[item / k.pieces], piece = item % k.pieces;
+      const int group = base + s.list.group[item / k.pieces], piece = item % k.pieces;
       const int b = group / k.n_kv, kv = group % k.n_kv;
       const int n = length_of(k.a.cache, b), first = first_token(k, n);
       const int part = ((n - first + k.pieces - 1) / k.pieces + 127) / 128 * 128;
@@ -88,7 +76,7 @@ __global__ __launch_bounds__(gather_warps * 32, 1) void dense_kernel(const __gri
       const auto fetch = [&](int i) {
         if (i < mine) {
           const int from = begin + (warp + i * gather_warps) * 16;
-          fetch_rows<D>(k, at, ring.rows[i % 3], lane, [&](int row) { return min(from + row, end - 1); });
+          fetch_rows<D>(k, at(min(from + (lane & 15), end - 1)), ring.rows[i % 3], lane);
         } else {
           commit_copies();
         }
@@ -126,7 +114,7 @@ __global__ __launch_bounds__(gather_warps * 32, 1) void dense_kernel(const __gri
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
             float x = l[nt][e] * k.scale;
-            if (k.softcap > 0) x = k.softcap * tanhf(x / k.softcap);
+            if (k.softcap > 0) x = capped(x, k.softcap);
             x = from + nt * 8 + 2 * t + (e & 1) < end ? x * log2_e : -INFINITY;
             l[nt][e] = x;
             most[e >> 1] = fmaxf(most[e >> 1], x);
@@ -181,6 +169,7 @@ __global__ __launch_bounds__(gather_warps * 32, 1) void dense_kernel(const __gri
       }
       __syncthreads();
       const std::int64_t slot = static_cast<std::int64_t>(group) * k.pieces + piece;
+#pragma unroll 1
       for (int o = tid; o < heads * D; o += gather_warps * 32) {
         const int row = o / D, x = o % D, column = x % 64 / 8;
         const int tile = x / 64 * 8 + x % 8, from = (row & 7) * 4 + (column >> 1), e = (column & 1) + 2 * (row >> 3);
@@ -205,16 +194,17 @@ __global__ __launch_bounds__(gather_warps * 32, 1) void dense_kernel(const __gri
       __threadfence();
       __syncthreads();
       if (tid == 0) {
-        std::int32_t* count = k.w.counters + groups + group;
+        std::int32_t* count = k.w.counters + k.groups + group;
         s.last = atomicAdd(count, 1) == k.pieces - 1;
         if (s.last) *count = 0;
         __threadfence();
       }
       __syncthreads();
       if (s.last) {
+#pragma unroll 1
         for (int h = warp; h < heads; h += gather_warps) {
           const int id = group * heads + h;
-          if (rest && __ldcg(k.w.open + id) != 2) continue;
+          if (rest && state_of_head(k, id, true) != 2) continue;
           constexpr int own = D / 32;
           float top_of[2], d_of[2], most = -INFINITY;
 #pragma unroll
@@ -234,12 +224,23 @@ __global__ __launch_bounds__(gather_warps * 32, 1) void dense_kernel(const __gri
             d += weight[i] * d_of[i];
           }
           d = sum_warp(d);
-          for (int p = 0; p < k.pieces; ++p) {
-            const float w = __shfl_sync(full, p < 32 ? weight[0] : weight[1], p & 31);
-            const float* from = k.w.part + ((static_cast<std::int64_t>(group) * k.pieces + p) * heads + h) * D + lane * own;
+#pragma unroll 1
+          for (int p0 = 0; p0 < k.pieces; p0 += 8) {  // eight loads on their way at a time
+            float x[8][own];
 #pragma unroll
-            for (int j = 0; j < own; ++j)
-              if (w != 0) out[j] += w * __ldcg(from + j);
+            for (int i = 0; i < 8; ++i) {
+              const int p = min(p0 + i, k.pieces - 1);
+              const float* from = k.w.part + ((static_cast<std::int64_t>(group) * k.pieces + p) * heads + h) * D + lane * own;
+#pragma unroll
+              for (int j = 0; j < own; ++j) x[i][j] = __ldcg(from + j);
+            }
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+              const float w = __shfl_sync(full, p0 + i < 32 ? weight[0] : weight[1], (p0 + i) & 31);
+#pragma unroll
+              for (int j = 0; j < own; ++j)
+                if (w != 0 && p0 + i < k.pieces) out[j] += w * x[i][j];
+            }
           }
           if (k.a.sink_logits && n > 0) {
             const float sink = k.a.sink_logits[kv * heads + h] * log2_e;
@@ -280,7 +281,6 @@ __global__ __launch_bounds__(gather_warps * 32, 1) void dense_kernel(const __gri
       }
       __syncthreads();
     }
-    __syncthreads();
   }
 }
 

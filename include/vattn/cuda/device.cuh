@@ -95,6 +95,11 @@ __device__ inline float log2_of(float x) {
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
   return r;
 }
+__device__ inline float sqrt_of(float x) {
+  float r;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
 __device__ inline float sum_warp(float x) {
 #pragma unroll
   for (int o = 16; o; o /= 2) x += __shfl_xor_sync(full, x, o);
@@ -164,16 +169,57 @@ struct kernel_arguments {
   code_pieces codes;
   std::uint64_t seed;
   std::int64_t code_stride;  // words
-  int n_kv, group, chunks, splits, gather_splits, slots, segment, pieces, window, sinks, sliding_window;
+  int groups, n_kv, group, chunks, splits, gather_splits, segment, pieces, window, sinks, sliding_window;
+  int first_splits, first_segment;  // of the first round, in the second
+  std::int64_t group_counts, group_candidates, group_slots;  // from one group to the next
   float scale, softcap, epsilon, rows, least;  // least: log2 of the smallest probability
   bool rms, rescan;
   float delta;
   quantile_table quantiles;
 };
 
+// Where part i of n of `all` begins.
+__device__ inline int share_of(int all, int i, int n) { return all / n * i + all % n * i / n; }
+
 // The first token that a query of a sequence of n tokens sees.
 __device__ inline int first_token(const kernel_arguments& k, int n) {
   return k.sliding_window > 0 ? max(0, n - k.sliding_window) : 0;
+}
+
+// 0 served, 1 open, 2 to be read densely: after the first round, or after the second.
+__device__ inline int state_of_head(const kernel_arguments& k, int id, bool after_second) {
+  const int open = __ldcg(k.w.open + id);
+  return after_second && open == 1 ? 2 * __ldcg(k.w.still_open + id) : open;
+}
+// Groups with a head in `state` (below 0: all groups), in order: who does what does not vary. All threads of a block of `Threads`.
+struct group_list {
+  int size;
+  unsigned short group[listed_groups];
+};
+template <int Threads>
+__device__ inline void list_groups(const kernel_arguments& k, int base, int state, group_list& list) {
+  const int tid = static_cast<int>(threadIdx.x), lane = tid & 31, warp = tid >> 5;
+  __shared__ int counts[Threads / 32];
+  __syncthreads();
+  if (tid == 0) list.size = 0;
+#pragma unroll 1
+  for (int from = 0; from < min(listed_groups, k.groups - base); from += Threads) {
+    const int group = base + from + tid;
+    bool wanted = false;
+    if (group < k.groups && from + tid < listed_groups)
+#pragma unroll 1
+      for (int h = 0; h < k.group; ++h) wanted |= state < 0 || state_of_head(k, group * k.group + h, state == 2) == state;
+    const unsigned all = __ballot_sync(full, wanted);
+    if (lane == 0) counts[warp] = __popc(all);
+    __syncthreads();
+    int at = list.size + __popc(all & ((1u << lane) - 1)), sum = 0;
+#pragma unroll 1
+    for (int w = 0; w < Threads / 32; ++w) at += w < warp ? counts[w] : 0, sum += counts[w];
+    if (wanted) list.group[at] = static_cast<unsigned short>(from + tid);
+    __syncthreads();
+    if (tid == 0) list.size += sum;
+  }
+  __syncthreads();
 }
 
 }  // namespace vattn::cuda::detail

@@ -204,10 +204,7 @@ __global__ __launch_bounds__(256) void centre_kernel(const __grid_constant__ ker
   head[2 * D + rho_unit] = sqrtf(mean2) * (Bits == 1 ? 0.6f : Bits == 2 ? 0.34f : 0.19f) / 85;
   head[2 * D + typical_reach] = fmaxf(reach2 / rows_f, 1e-30f);
   head[2 * D + key_variance] = mean2 / D;
-  float centre2 = 0;
-  for (int j = 0; j < D; ++j) centre2 += head[D + j] * head[D + j];
-  head[2 * D + centre_norm2] = centre2;
-  for (int i = 5; i < 8; ++i) head[2 * D + i] = 0;
+  for (int i = 4; i < 8; ++i) head[2 * D + i] = 0;
 }
 
 // Tiles of a sequence that have closed: all of them, or, `fresh` > 0, those that the last `fresh` tokens closed.

@@ -24,6 +24,9 @@ struct shape {
   element type = element::bf16;
 };
 
+/// Which rows a step reads: what the plan predicts to be faster, all, or a sample whatever it costs.
+enum class reads : std::uint8_t { automatic, all, sample };
+
 /// What is promised, and how.
 struct settings {
   double epsilon = 0.05, delta = 0.1;
@@ -34,7 +37,7 @@ struct settings {
   int sinks = 16;          ///< first visible tokens, read exactly
   int window = 128;        ///< latest tokens, read exactly: so many to 31 more
   int bits = 2;            ///< of a coordinate of a key's code: 1, 2 or 3 (d = 128), 2 (d = 64)
-  bool dense = false;      ///< never sample
+  cuda::reads reads = cuda::reads::automatic;
   std::uint64_t seed = 0;
 };
 
@@ -102,8 +105,9 @@ struct head_state {
 namespace detail {
 
 inline constexpr int tile_keys = 32;
-inline constexpr int scan_warps = 16;
-inline constexpr int gather_warps = 8;
+inline constexpr int scan_warps = 12;
+inline constexpr int gather_warps = 4;
+inline constexpr int listed_groups = 2048;  ///< that a block looks through at a time
 inline constexpr int chunk_heads = 4;  ///< query heads that share a gather
 inline constexpr int z_groups = 8;     ///< signed sums, for the error's dimension
 inline constexpr int slot_scalars = 12;
@@ -118,13 +122,26 @@ inline constexpr int most_pieces = 64;
 }
 
 /// Scalars behind a KV head's means.
-enum code_scalars : int { alpha_unit, rho_unit, typical_reach, key_variance, centre_norm2 };
+enum code_scalars : int { alpha_unit, rho_unit, typical_reach, key_variance };
 /// Of a head's thresholds: log2 units; F is lowered by `slope` for each unit of ρ's code.
 enum threshold_fields : int { plain, floor_, slope, sigma, guess, offset, next_shift };
 
 /// Partial sums that a block of a gather leaves, so that a KV head has eight at least.
 [[nodiscard]] VATTN_FN constexpr int slots_of_block(int splits) noexcept {
-  return splits >= 8 ? 1 : splits >= 4 ? 2 : splits >= 2 ? 4 : 8;
+  return splits >= 8 ? 1 : splits >= 4 ? 2 : gather_warps;
+}
+
+/// Into how many pieces sequences are split where `blocks` run at a time: the fewest that leave few of them idle.
+[[nodiscard]] inline int best_pieces(int groups, int blocks, int tokens) noexcept {
+  int best = 1;
+  double least = 1e30;
+  for (int p = 1; p <= most_pieces && (p == 1 || p * 256 <= tokens); ++p) {
+    const double rounds = std::ceil(static_cast<double>(groups) * p / blocks);
+    // Rows that one block reads, and what begins and ends each piece: some 100 rows' time.
+    const double time = rounds * (static_cast<double>(tokens) / p + 100);
+    if (time < 0.99 * least) least = time, best = p;
+  }
+  return best;
 }
 
 /// Hands out pieces of a buffer, or counts them where there is none.
@@ -155,9 +172,9 @@ struct plan_t {
   int processors = 132;
   int splits = 1;         ///< blocks that scan one KV head
   int gather_splits = 1;  ///< blocks that gather for one KV head
-  int slots = 1;          ///< partial sums of one KV head and chunk
   int chunks = 1;         ///< of a group's heads
   int segment = 0;        ///< candidates that one scanning warp may find
+  int second_splits = 16;  ///< as `splits` and `gather_splits`, for the groups of which a head is open
   int pieces = 1;         ///< of a sequence in a dense step
   int rest_pieces = 1;    ///< of a sequence that is attended densely after all
   bool rescan = false;    ///< scan again for heads whose candidates do not suffice
@@ -167,21 +184,31 @@ struct plan_t {
   [[nodiscard]] int heads() const noexcept { return shape.n_batch * shape.n_q_heads; }
   [[nodiscard]] int tiles() const noexcept { return detail::closed_tiles(shape.max_tokens, settings.window); }
   [[nodiscard]] int segments() const noexcept { return splits * detail::scan_warps; }
+  /// A group's room for candidates, and what a scanning warp of the second round has of it.
+  [[nodiscard]] long long group_candidates() const noexcept { return static_cast<long long>(segments()) * segment; }
+  [[nodiscard]] int second_segment() const noexcept {
+    return static_cast<int>(group_candidates() / (second_splits * detail::scan_warps));
+  }
+  [[nodiscard]] int most_slots() const noexcept {
+    return std::max(gather_splits * detail::slots_of_block(gather_splits), second_splits * detail::slots_of_block(second_splits));
+  }
   /// Tokens that are expected to be read whatever their scores, in the longest sequence.
   [[nodiscard]] float looked_at() const noexcept { return 128; }
   /// Expected picks of a head without feedback.
   [[nodiscard]] float rows() const noexcept { return static_cast<float>(1.3 / (settings.epsilon * settings.epsilon)); }
 };
 
-/// Two words of a candidate: its token; its level with the code of ρ in the lowest byte.
-struct candidate {
-  std::uint32_t token, level;
+/// A candidate: its token; the code of ρ, 256 where it is certain, and the code of its reach above; four levels of half
+/// precision.
+struct alignas(16) candidate {
+  std::uint32_t token, flags, levels[2];
 };
 
 /// Pieces of the workspace. Only `counters` live from step to step; `prepare` zeroes them.
 struct workspace_pieces {
   std::int32_t* counters;  ///< [2, groups], arrivals
-  std::int32_t* open;      ///< [heads], 0 done, 1 open, 2 to be read densely
+  std::int32_t* open;        ///< [heads] after the first round: 0 done, 1 open, 2 to be read densely
+  std::int32_t* still_open;  ///< [heads] of the open ones after the second
   std::int32_t* counts;    ///< [groups, segments]
   candidate* candidates;   ///< [groups, segments, segment]
   float* masses;           ///< [groups, splits, 16], Σ e^s r over the threshold
@@ -200,16 +227,17 @@ struct workspace_pieces {
     workspace_pieces w{};
     w.counters = from.take<std::int32_t>(counters_size(p));
     w.open = from.take<std::int32_t>(size(p.heads()));
+    w.still_open = from.take<std::int32_t>(size(p.heads()));
     w.part = from.take<float>(size(p.groups(), most, p.group(), p.shape.d));
     w.part_state = from.take<float>(size(p.groups(), most, 32));
     if (!p.sparse) return w;
-    w.counts = from.take<std::int32_t>(size(p.groups(), p.segments()));
-    w.candidates = from.take<candidate>(size(p.groups(), p.segments(), p.segment));
+    w.counts = from.take<std::int32_t>(size(p.groups(), std::max(p.splits, p.second_splits) * detail::scan_warps));
+    w.candidates = from.take<candidate>(size(p.groups(), p.group_candidates()));
     w.masses = from.take<float>(size(p.groups(), p.splits, 16));
     w.thresholds = from.take<float>(size(p.heads(), 8));
     w.fits = from.take<float>(size(p.heads(), 4));
-    w.slots = from.take<float>(size(p.groups() * p.chunks, p.slots, 16, p.shape.d));
-    w.scalars = from.take<float>(size(p.groups() * p.chunks, p.slots, detail::chunk_heads, detail::slot_scalars));
+    w.slots = from.take<float>(size(p.groups() * p.chunks, p.most_slots(), 16, p.shape.d));
+    w.scalars = from.take<float>(size(p.groups() * p.chunks, p.most_slots(), detail::chunk_heads, detail::slot_scalars));
     return w;
   }
   static std::size_t counters_size(const plan_t& p) noexcept {
@@ -273,22 +301,26 @@ struct code_pieces {
   p.shape = s, p.settings = o, p.processors = processors;
   const int groups = p.groups();
   p.chunks = (p.group() + detail::chunk_heads - 1) / detail::chunk_heads;
-  p.pieces = std::clamp((4 * processors + groups - 1) / groups, 1, detail::most_pieces);
-  p.pieces = std::max(1, std::min(p.pieces, (s.max_tokens + 255) / 256));
+  p.pieces = detail::best_pieces(groups, 2 * processors, s.max_tokens);
   p.rest_pieces = std::max(1, std::min(detail::most_pieces, (s.max_tokens + 511) / 512));
   // Below these a step of samples takes as long as reading all (docs/cuda.md): launches alone, where few blocks run.
   const double bytes = 4.0 * groups * s.d * s.max_tokens;
-  p.sparse = !o.dense && o.softcap == 0 && bytes >= 48e6 && s.max_tokens >= 4096 && o.sliding_window == 0;
+  p.sparse = o.reads == reads::sample || (o.reads == reads::automatic && bytes >= 48e6 && s.max_tokens >= 8192);
+  if (o.softcap > 0) {
+    if (o.reads == reads::sample)
+      return bad("softcap", static_cast<double>(o.softcap), "codes know products alone: do not ask for samples");
+    p.sparse = false;
+  }
   p.quantiles = {};
-  p.splits = p.gather_splits = p.slots = 1, p.segment = 0;
+  p.splits = 1, p.gather_splits = 2, p.segment = 0;
   if (!p.sparse) return {};
   p.quantiles = quantile_table::make(o.delta);
   p.splits = std::clamp(processors / groups, 1, 32);
-  p.gather_splits = std::clamp(processors / (groups * p.chunks), 1, 32);
-  p.slots = p.gather_splits * detail::slots_of_block(p.gather_splits);
+  p.gather_splits = std::clamp(processors / (groups * p.chunks), 2, 32);
+  p.gather_splits = p.gather_splits >= 8 ? p.gather_splits / 8 * 8 : p.gather_splits >= 4 ? 4 : 2;  // eight slots at a time
   const int keys = ((p.tiles() + 1) / 2 * 64 + p.segments() - 1) / p.segments() + 64;
-  p.segment = std::max(64, keys / 4);
-  p.rescan = groups >= 64;
+  p.segment = std::max(64, p.group() > 4 ? keys / 4 * 3 : keys / 2);
+  p.rescan = true;
   return {};
 }
 

@@ -69,16 +69,14 @@ class decoder {
     if (status s = check(p, a); !s) return s;
     auto k = pack(p, a);
     if (!p.sparse) return dense(p, k, false, stream);
-    const dim3 gathers(count(p.gather_splits), count(p.groups() * p.chunks));
-    for (int round = 1; round <= 2; ++round) {
-      if (stages >= 2 * round - 1 && (round == 1 || p.rescan))
-        if (status s = scan(p, k, round == 1, stream); !s) return s;
-      if (stages < 2 * round) return {};
-      if (status s = launch(detail::gather_kernel<T, D>, gathers, detail::gather_warps * 32,
-                            sizeof(detail::gather_shared<T, D>), stream, k, round == 1);
-          !s)
-        return s;
-    }
+    if (status s = scan(p, k, true, stream); !s || stages < 2) return s;
+    if (status s = gather(p, k, true, stream); !s || stages < 3) return s;
+    k.first_splits = k.splits, k.first_segment = k.segment;
+    k.splits = k.gather_splits = p.second_splits, k.segment = p.second_segment();
+    if (p.rescan)
+      if (status s = scan(p, k, false, stream); !s) return s;
+    if (stages < 4) return {};
+    if (status s = gather(p, k, false, stream); !s) return s;
     if (stages < 5) return {};
     k.pieces = p.rest_pieces;
     return dense(p, k, true, stream);
@@ -129,7 +127,10 @@ class decoder {
     if (p.sparse) k.codes = code_pieces::take(codes, p);
     k.seed = p.settings.seed, k.code_stride = static_cast<std::int64_t>(code_pieces::stride(p));
     k.n_kv = p.shape.n_kv_heads, k.group = p.group(), k.chunks = p.chunks, k.splits = p.splits;
-    k.gather_splits = p.gather_splits, k.slots = p.slots, k.segment = p.segment, k.pieces = p.pieces;
+    k.groups = p.groups(), k.gather_splits = p.gather_splits, k.segment = p.segment, k.pieces = p.pieces;
+    k.first_splits = p.splits, k.first_segment = p.segment;
+    k.group_counts = std::max(p.splits, p.second_splits) * detail::scan_warps, k.group_candidates = p.group_candidates();
+    k.group_slots = p.most_slots();
     k.window = p.settings.window, k.sinks = p.settings.sinks, k.sliding_window = p.settings.sliding_window;
     k.scale = p.settings.scale, k.softcap = p.settings.softcap;
     k.epsilon = static_cast<float>(p.settings.epsilon), k.delta = static_cast<float>(p.settings.delta);
@@ -149,7 +150,8 @@ class decoder {
   }
 
   [[nodiscard]] static status scan(const plan_t& p, const detail::kernel_arguments& k, bool first, cudaStream_t stream) noexcept {
-    const dim3 grid(count(p.splits), count(p.groups()));
+    // The second round's blocks look for what is open.
+    const dim3 grid(count(first ? p.splits * p.groups() : p.processors));
     const std::size_t bytes = sizeof(detail::scan_shared<Bits, D>);
     const auto go = [&](auto kernel) {
       return launch(kernel, grid, detail::scan_warps * 32, bytes, stream, k, signs(p), first, p.shape.type == element::f16);
@@ -158,10 +160,14 @@ class decoder {
     if (p.group() <= 8) return go(detail::scan_kernel<Bits, D, 1>);
     return go(detail::scan_kernel<Bits, D, 2>);
   }
+  [[nodiscard]] static status gather(const plan_t& p, const detail::kernel_arguments& k, bool first, cudaStream_t stream) noexcept {
+    const dim3 grid(count(first ? p.gather_splits * p.groups() * p.chunks : 2 * p.processors));
+    return launch(detail::gather_kernel<T, D>, grid, detail::gather_warps * 32, sizeof(detail::gather_shared<T, D>), stream, k, first);
+  }
   [[nodiscard]] static status dense(const plan_t& p, const detail::kernel_arguments& k, bool rest, cudaStream_t stream) noexcept {
-    const int blocks = std::min(p.processors, p.groups() * k.pieces);
+    const int blocks = std::min(2 * p.processors, p.groups() * k.pieces);
     return launch(detail::dense_kernel<T, D>, dim3(count(blocks)), detail::gather_warps * 32, sizeof(detail::dense_shared<T, D>),
-                  stream, k, p.groups(), rest);
+                  stream, k, rest);
   }
 
   [[nodiscard]] static status said(cudaError_t e, const char* what) noexcept {
