@@ -6,41 +6,47 @@
 
 namespace vattn::cuda::detail {
 
-// What a warp has on its way: batches of 16 rows of K and V. Rows are 16 bytes longer than they are, so that the 16
-// bytes of rows 2t that the lanes of a quarter warp read lie in different banks.
-template <int D, int Stages>
-struct row_ring {
-  static constexpr int pitch = 2 * D + 16, stages = Stages;
-  char rows[Stages][2][16][pitch];
+// 8 or 16 rows of K and V in the registers of a warp, as the products want them: of lane 4g + t of keys g and g + 8 the
+// coordinates 8t … 8t + 7 of every 32, of values 2t, 2t + 1, 2t + 8 and 2t + 9 the coordinates 8g … 8g + 7 of every 64. Every
+// sector that is touched is used, so rows need not pass through shared memory.
+template <int D, int Rows>
+struct row_registers {
+  uint4 k[D / 32][Rows / 8], v[D / 64][Rows / 4];
+
+  __device__ static uint4 load(const unsigned short* from) {
+    uint4 x;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(from));
+    return x;
+  }
+  // `at`: where the lane's two keys begin, in elements.
+  __device__ void load_keys(const void* keys, const std::int64_t (&at)[Rows / 8], int lane) {
+    const auto* from = static_cast<const unsigned short*>(keys) + lane % 4 * 8;
+#pragma unroll
+    for (int i = 0; i < D / 32; ++i)
+#pragma unroll
+      for (int r = 0; r < Rows / 8; ++r) k[i][r] = load(from + at[r] + i * 32);
+  }
+  __device__ void load_values(const void* values, const std::int64_t (&at)[Rows / 4], int lane) {
+    const auto* from = static_cast<const unsigned short*>(values) + lane / 4 * 8;
+#pragma unroll
+    for (int half = 0; half < D / 64; ++half)
+#pragma unroll
+      for (int r = 0; r < Rows / 4; ++r) v[half][r] = load(from + at[r] + half * 64);
+  }
 };
+// The lane's keys and values among them.
+__device__ inline int key_of_lane(int lane, int r) { return lane / 4 + 8 * r; }
+__device__ inline int value_of_lane(int lane, int r) { return lane % 4 * 2 + (r & 1) + (r >> 1) * 8; }
 
 template <class T, int D>
 struct dense_shared {
-  union {
-    row_ring<D, 3> ring;
-    float4 sums[D / 8][32];
-  } warp[gather_warps];
+  float4 sums[gather_warps][D / 8][32];
+  uint4 q[2][D / 32][32];  // by lane: heads g and g + 8, as the keys' coordinates lie
   float maximum[gather_warps][16], denominator[gather_warps][16];
   int last;
   group_list list;
 };
 
-// 16 rows: keys and values to a stage of the ring. `mine` is where the row of lane's number mod 16 begins, in elements; a
-// row's 16 bytes are copied by D/8 lanes.
-template <int D>
-__device__ inline void fetch_rows(const kernel_arguments& k, std::int64_t mine, char (*to)[16][2 * D + 16], int lane) {
-  constexpr int lanes = D / 8, together = 32 / lanes;
-  const auto *K = static_cast<const unsigned short*>(k.a.cache.k) + lane % lanes * 8,
-             *V = static_cast<const unsigned short*>(k.a.cache.v) + lane % lanes * 8;
-  char* into = to[0][lane / lanes] + lane % lanes * 16;
-#pragma unroll
-  for (int r = 0; r < 16; r += together) {
-    const std::int64_t from = __shfl_sync(full, static_cast<long long>(mine), r + lane / lanes);
-    copy16(into + r * (2 * D + 16), K + from);
-    copy16(into + (16 + r) * (2 * D + 16), V + from);
-  }
-  commit_copies();
-}
 // cap·tanh(x/cap), to some 1e-7 of the cap.
 __device__ inline float capped(float x, float cap) {
   return cap - 2 * cap * __fdividef(1.0f, 1 + exp2_of(2 * log2_e / cap * x));
@@ -58,6 +64,7 @@ __global__ __launch_bounds__(gather_warps * 32, 2) void dense_kernel(const __gri
   const int tid = static_cast<int>(threadIdx.x), lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
   const int heads = k.group;
   after_last_kernel();
+  if (rest && k.a.state && __ldcg(k.w.counters + 2 * k.groups) == 0) return;
 #pragma unroll 1
   for (int base = 0; base < k.groups; base += listed_groups) {
     list_groups<gather_warps * 32>(k, base, rest ? 2 : -1, s.list);
@@ -72,42 +79,45 @@ __global__ __launch_bounds__(gather_warps * 32, 2) void dense_kernel(const __gri
       const head_rows at(k.a.cache, b, kv);
       const int batches = end > begin ? (end - begin + 15) / 16 : 0;
       const int mine = batches > warp ? (batches - warp + gather_warps - 1) / gather_warps : 0;
-      auto& ring = s.warp[warp].ring;
-      const auto fetch = [&](int i) {
-        if (i < mine) {
-          const int from = begin + (warp + i * gather_warps) * 16;
-          fetch_rows<D>(k, at(min(from + (lane & 15), end - 1)), ring.rows[i % 3], lane);
-        } else {
-          commit_copies();
-        }
+      std::int64_t keys[2], values[4];
+      const auto place = [&](int i) {  // of batch i
+        const int from = begin + (warp + i * gather_warps) * 16;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) keys[r] = at(min(from + key_of_lane(lane, r), end - 1));
+#pragma unroll
+        for (int r = 0; r < 4; ++r) values[r] = at(min(from + value_of_lane(lane, r), end - 1));
       };
-      fetch(0), fetch(1);
-      // The query's 16 heads, in the order of coordinates in which the keys' 16 bytes are read.
-      uint4 q[D / 32][2];
-      const auto* Q = static_cast<const unsigned short*>(k.a.q) + (static_cast<std::int64_t>(b) * k.n_kv + kv) * heads * D;
-#pragma unroll
-      for (int i = 0; i < D / 32; ++i)
-#pragma unroll
-        for (int u = 0; u < 2; ++u)
-          q[i][u] = g + 8 * u < heads ? *reinterpret_cast<const uint4*>(Q + (g + 8 * u) * D + i * 32 + t * 8)
-                                      : make_uint4(0, 0, 0, 0);
+      row_registers<D, 16> rows;
+      if (mine > 0) {
+        place(0);
+        rows.load_keys(k.a.cache.k, keys, lane), rows.load_values(k.a.cache.v, values, lane);
+        place(1);
+      }
+      {
+        const auto* Q = static_cast<const unsigned short*>(k.a.q) + (static_cast<std::int64_t>(b) * k.n_kv + kv) * heads * D;
+#pragma unroll 1
+        for (int i = warp; i < 2 * (D / 32); i += gather_warps) {
+          const int h = g + 8 * (i & 1);
+          s.q[i & 1][i >> 1][lane] = h < heads ? *reinterpret_cast<const uint4*>(Q + h * D + (i >> 1) * 32 + t * 8) : make_uint4(0, 0, 0, 0);
+        }
+        __syncthreads();
+      }
       float c[tiles][4] = {}, top[2] = {-INFINITY, -INFINITY}, sum[2] = {};
 #pragma unroll 1
       for (int i = 0; i < mine; ++i) {
-        fetch(i + 2);
-        wait_copies<2>();
-        __syncwarp();
-        const auto& rows = ring.rows[i % 3];
         const int from = begin + (warp + i * gather_warps) * 16;
         float l[2][4] = {};
 #pragma unroll
-        for (int j = 0; j < D / 32; ++j)
+        for (int j = 0; j < D / 32; ++j) {
+          const uint4 q0 = s.q[0][j][lane], q1 = s.q[1][j][lane];
 #pragma unroll
           for (int nt = 0; nt < 2; ++nt) {
-            const uint4 x = *reinterpret_cast<const uint4*>(rows[0][nt * 8 + g] + t * 16 + j * 64);
-            E::mma(l[nt], q[j][0].x, q[j][1].x, q[j][0].y, q[j][1].y, x.x, x.y);
-            E::mma(l[nt], q[j][0].z, q[j][1].z, q[j][0].w, q[j][1].w, x.z, x.w);
+            const uint4 x = rows.k[j][nt];
+            E::mma(l[nt], q0.x, q1.x, q0.y, q1.y, x.x, x.y);
+            E::mma(l[nt], q0.z, q1.z, q0.w, q1.w, x.z, x.w);
           }
+        }
+        if (i + 1 < mine) rows.load_keys(k.a.cache.k, keys, lane);
         float most[2] = {-INFINITY, -INFINITY};
 #pragma unroll
         for (int nt = 0; nt < 2; ++nt)
@@ -144,24 +154,21 @@ __global__ __launch_bounds__(gather_warps * 32, 2) void dense_kernel(const __gri
         const std::uint32_t a0 = E::pack(l[0][0], l[0][1]), a1 = E::pack(l[0][2], l[0][3]), a2 = E::pack(l[1][0], l[1][1]),
                             a3 = E::pack(l[1][2], l[1][3]);
 #pragma unroll
-        for (int half = 0; half < D / 64; ++half) {
-          uint4 v[4];
-#pragma unroll
-          for (int r = 0; r < 4; ++r)
-            v[r] = *reinterpret_cast<const uint4*>(rows[1][2 * t + (r & 1) + (r >> 1) * 8] + g * 16 + half * 128);
+        for (int half = 0; half < D / 64; ++half)
 #pragma unroll
           for (int j = 0; j < 8; ++j) {
             const unsigned how = j & 1 ? 0x7632 : 0x5410;
+            const auto& v = rows.v[half];
             E::mma(c[half * 8 + j], a0, a1, a2, a3, __byte_perm(word(v[0], j >> 1), word(v[1], j >> 1), how),
                    __byte_perm(word(v[2], j >> 1), word(v[3], j >> 1), how));
           }
+        if (i + 1 < mine) {
+          rows.load_values(k.a.cache.v, values, lane);
+          place(i + 2);
         }
-        __syncwarp();
       }
-      wait_copies<0>();
-      __syncwarp();
 #pragma unroll
-      for (int j = 0; j < tiles; ++j) s.warp[warp].sums[j][lane] = make_float4(c[j][0], c[j][1], c[j][2], c[j][3]);
+      for (int j = 0; j < tiles; ++j) s.sums[warp][j][lane] = make_float4(c[j][0], c[j][1], c[j][2], c[j][3]);
 #pragma unroll
       for (int u = 0; u < 2; ++u) {
         sum[u] += __shfl_xor_sync(full, sum[u], 1), sum[u] += __shfl_xor_sync(full, sum[u], 2);
@@ -178,7 +185,7 @@ __global__ __launch_bounds__(gather_warps * 32, 2) void dense_kernel(const __gri
         for (int w = 0; w < gather_warps; ++w) {
           const float m = s.maximum[w][row];
           if (m == -INFINITY && !isnan(s.denominator[w][row])) continue;
-          value += reinterpret_cast<const float*>(&s.warp[w].sums[tile][from])[e] * exp2_of(m - most);
+          value += reinterpret_cast<const float*>(&s.sums[w][tile][from])[e] * exp2_of(m - most);
         }
         k.w.part[slot * heads * D + o] = value;
         if (x == 0) {

@@ -17,7 +17,7 @@ struct tabulated_clt {
     return of_block;
   }
   __device__ static double squared_quantile(const stats::error_shape& e, double) {
-    if (!(e.dof >= 3)) return stats::infinity;
+    if (!(e.dof >= 1.99)) return stats::infinity;  // 2V²/Σt² is 2 at least
     const double q = static_cast<double>((*table())(static_cast<float>(e.dimension), static_cast<float>(fmin(e.dof, 1e9))));
     return !e.scalar && e.dimension <= 1 ? stats::larger(q, stats::least_vector_quantile) : q;
   }
@@ -191,14 +191,13 @@ __device__ inline void judge_chunk(const kernel_arguments& k, judge_shared& s, i
         float* fit = k.w.fits + id * 4;
         fit[0] = log2_mass, fit[3] = 0;
         // What the variance or a floor lacks; with more than the candidates, another scan finds it.
-        float next = shift - fmaxf(0.3f, log2_of(ratio * 1.8f));
+        float next = shift - fminf(fmaxf(0.3f, log2_of(ratio * 1.8f)), 1.6f);
         if (!covered) next = fminf(next, shift - missing - 0.2f);
         if (!verified && sane && trusted && ratio < 20.0f && missing < 4.0f) {
-          if (next >= -0.2f) {
-            open = 1, k.w.thresholds[id * 8 + next_shift] = fmaxf(next, 0.0f);
-          } else if (k.rescan) {
-            open = 1, fit[1] = A + next, fit[2] = fminf(used, want) - 0.2f, fit[3] = 1;
-          }
+          if (next >= -0.2f || k.rescan) open = 1;
+          // Also where another head of the group is why it is scanned again.
+          k.w.thresholds[id * 8 + next_shift] = fmaxf(next, 0.0f);
+          fit[1] = A + next, fit[2] = fminf(used, want) - 0.2f, fit[3] = next < -0.2f ? 1.0f : 0.0f;
         }
         head_state& state = static_cast<head_state*>(k.a.state)[id];
         state.mass = isfinite(log2_mass) ? (log2_mass - __ldcg(marks + guess)) * ln_2 : state.mass;
@@ -207,16 +206,19 @@ __device__ inline void judge_chunk(const kernel_arguments& k, judge_shared& s, i
           state.scale = 0.5f * ln_2 * log2_of(goal) - ln_2 * log2_of(k.epsilon) - ln_2 * log2_of(typical);
           state.away = 0.5f * log2_of(away2 + 1e-30f) - log2_of(typical);
           state.known = 1;
-          const float aim = __fdividef(0.93f, 1 + 1.6f * sqrt_of(__fdividef(2.0f, fmaxf(static_cast<float>(e.dof), 1.0f))));
+          // Few effective terms make V̂ vary from draw to draw and from query to query: another round costs more.
+          const float vague = __fdividef(2.0f, fmaxf(static_cast<float>(e.dof), 1.0f));
+          const float aim = __fdividef(0.93f, 1 + sqrt_of(vague) + 30 * vague);
           const float picks = (log2_mass - A - shift) * ln_2 - ln_2 * log2_of(k.rows);  // asked for by this head, over the default
           const float change = 0.6f * (picks + ln_2 * log2_of(fmaxf(ratio, 1e-4f) * __fdividef(1.0f, aim)) - state.rows);
           state.rows = fminf(fmaxf(state.rows + fminf(fmaxf(change, -0.7f), 0.7f), -2.5f), 4.0f);
         }
       }
       // What blocks of this kernel look at does not change while they run.
-      if (x.first_round)
+      if (x.first_round) {
         k.w.open[id] = open, k.w.still_open[id] = 1;
-      else
+        if (open != 0) atomicAdd(k.w.counters + 2 * k.groups, 1);  // most often there is none, and the rest returns at once
+      } else
         k.w.still_open[id] = !verified;
     }
   }

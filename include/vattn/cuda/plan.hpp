@@ -57,10 +57,10 @@ struct device_certificate {
 };
 
 /// Quantiles of F(ν₁, ν₂) at 1 − δ for the device, from the host's own: one evaluation takes longer there than all the
-/// rest of a judgement. ν₁ = 2^(i/2), ν₂ = 3·2^(j/2), the last column for a known variance; linear in 1/ν between the
+/// rest of a judgement. ν₁ = 2^(i/2), ν₂ = 2^(1 + j/2), the last column for a known variance; linear in 1/ν between the
 /// nodes, where the quantile is convex, so never too small (tests/cuda).
 struct quantile_table {
-  static constexpr int dimensions = 15, dofs = 22;
+  static constexpr int dimensions = 15, dofs = 24;
   float value[dimensions][dofs] = {};
 
   static quantile_table make(double delta) noexcept {
@@ -69,12 +69,12 @@ struct quantile_table {
       for (int j = 0; j < dofs; ++j)
         t.value[i][j] = static_cast<float>(1.0005 * stats::squared_error_quantile(
                                                         delta, std::exp2(0.5 * i),
-                                                        j == dofs - 1 ? 1e9 : 3 * std::exp2(0.5 * j)));
+                                                        j == dofs - 1 ? 1e9 : 2 * std::exp2(0.5 * j)));
     return t;
   }
-  /// ν₁ >= 1, ν₂ >= 3.
+  /// ν₁ >= 1, ν₂ >= 2.
   [[nodiscard]] VATTN_FN float operator()(float nu1, float nu2) const noexcept {
-    const float x = 2 * std::log2(nu1), y = 2 * std::log2(nu2 / 3);
+    const float x = 2 * std::log2(nu1), y = 2 * std::log2(nu2 / 2);
     const int i = x < 0 ? 0 : x > dimensions - 2 ? dimensions - 2 : static_cast<int>(x);
     const int j = y < 0 ? 0 : y > dofs - 2 ? dofs - 2 : static_cast<int>(y);
     // Of 1/ν between two nodes, whose 1/ν are 1 and 2^-½ of the first's; at the last column 0.
@@ -105,7 +105,7 @@ struct head_state {
 namespace detail {
 
 inline constexpr int tile_keys = 32;
-inline constexpr int scan_warps = 12;
+inline constexpr int scan_warps = 16;
 inline constexpr int gather_warps = 4;
 inline constexpr int listed_groups = 2048;  ///< that a block looks through at a time
 inline constexpr int chunk_heads = 4;  ///< query heads that share a gather
@@ -206,7 +206,7 @@ struct alignas(16) candidate {
 
 /// Pieces of the workspace. Only `counters` live from step to step; `prepare` zeroes them.
 struct workspace_pieces {
-  std::int32_t* counters;  ///< [2, groups], arrivals
+  std::int32_t* counters;  ///< [2, groups], arrivals; then the heads that the first round left open
   std::int32_t* open;        ///< [heads] after the first round: 0 done, 1 open, 2 to be read densely
   std::int32_t* still_open;  ///< [heads] of the open ones after the second
   std::int32_t* counts;    ///< [groups, segments]
@@ -241,7 +241,7 @@ struct workspace_pieces {
     return w;
   }
   static std::size_t counters_size(const plan_t& p) noexcept {
-    return static_cast<std::size_t>(2 * p.groups());
+    return static_cast<std::size_t>(2 * p.groups() + 1);
   }
 };
 

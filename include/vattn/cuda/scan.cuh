@@ -36,7 +36,7 @@ __device__ inline float half_of(std::uint32_t x, int upper) {
 
 template <int Bits, int D>
 struct scan_shared {
-  static constexpr int stages = Bits == 3 ? 3 : 4, stage_bytes = 2 * code_tile<Bits, D>::bytes;
+  static constexpr int stages = 3, stage_bytes = 2 * code_tile<Bits, D>::bytes;
   char ring[scan_warps][stages][stage_bytes];
   std::uint32_t q8[16][D / 4];
   float k1[16], k0[16], plain_of[16], floor_of[16], slope_of[16];
@@ -361,14 +361,16 @@ __device__ inline void scan_share(const kernel_arguments& k, const rotation_sign
 }
 
 // First round: a block for each share. Second: blocks take shares in turn, of groups with a head for which the candidates
-// did not suffice. So few registers that a gather's blocks are there when a scan ends.
+// did not suffice.
 template <int Bits, int D, int Sets>
-__global__ void __maxnreg__(Sets == 0 ? 96 : 168) scan_kernel(const __grid_constant__ kernel_arguments k,
+__global__ __launch_bounds__(scan_warps * 32, 1) void scan_kernel(const __grid_constant__ kernel_arguments k,
                                                                   const __grid_constant__ rotation_signs signs, bool first_round,
                                                                   bool half_query) {
   extern __shared__ __align__(128) char memory[];
   auto& s = *reinterpret_cast<scan_shared<Bits, D>*>(memory);
   after_last_kernel();
+  if (first_round && blockIdx.x == 0 && threadIdx.x == 0) k.w.counters[2 * k.groups] = 0;
+  if (!first_round && __ldcg(k.w.counters + 2 * k.groups) == 0) return;
 #pragma unroll 1
   for (int base = 0; base < k.groups; base += listed_groups) {
     if (!first_round) list_groups<scan_warps * 32>(k, base, 1, s.list);
