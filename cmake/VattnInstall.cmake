@@ -31,7 +31,7 @@ endif()
 configure_file("${CMAKE_CURRENT_LIST_DIR}/vattn.pc.in" "${PROJECT_BINARY_DIR}/vattn.pc" @ONLY)
 
 install(DIRECTORY "${PROJECT_SOURCE_DIR}/include/vattn" DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}"
-        FILES_MATCHING PATTERN "*.hpp")
+        FILES_MATCHING PATTERN "*.hpp" PATTERN "*.cuh")
 install(FILES "${PROJECT_BINARY_DIR}/vattnConfig.cmake" "${PROJECT_BINARY_DIR}/vattnConfigVersion.cmake"
         DESTINATION "${package_dir}")
 install(FILES "${PROJECT_BINARY_DIR}/vattn.pc" DESTINATION "${pkgconfig_dir}")

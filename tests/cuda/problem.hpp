@@ -3,9 +3,14 @@
 
 #include <cuda_runtime_api.h>
 
+#include <Eigen/Core>
+#include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <random>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda/decoders.hpp"

@@ -6,12 +6,12 @@
 
 namespace vattn::cuda::detail {
 
-// 8 or 16 rows of K and V in the registers of a warp, as the products want them: of lane 4g + t of keys g and g + 8 the
+// 16 rows of K and V in the registers of a warp, as the products want them: of lane 4g + t of keys g and g + 8 the
 // coordinates 8t … 8t + 7 of every 32, of values 2t, 2t + 1, 2t + 8 and 2t + 9 the coordinates 8g … 8g + 7 of every 64. Every
 // sector that is touched is used, so rows need not pass through shared memory.
-template <int D, int Rows>
+template <int D>
 struct row_registers {
-  uint4 k[D / 32][Rows / 8], v[D / 64][Rows / 4];
+  uint4 k[D / 32][2], v[D / 64][4];
 
   __device__ static uint4 load(const unsigned short* from) {
     uint4 x;
@@ -19,19 +19,19 @@ struct row_registers {
     return x;
   }
   // `at`: where the lane's two keys begin, in elements.
-  __device__ void load_keys(const void* keys, const std::int64_t (&at)[Rows / 8], int lane) {
+  __device__ void load_keys(const void* keys, const std::int64_t (&at)[2], int lane) {
     const auto* from = static_cast<const unsigned short*>(keys) + lane % 4 * 8;
 #pragma unroll
     for (int i = 0; i < D / 32; ++i)
 #pragma unroll
-      for (int r = 0; r < Rows / 8; ++r) k[i][r] = load(from + at[r] + i * 32);
+      for (int r = 0; r < 2; ++r) k[i][r] = load(from + at[r] + i * 32);
   }
-  __device__ void load_values(const void* values, const std::int64_t (&at)[Rows / 4], int lane) {
+  __device__ void load_values(const void* values, const std::int64_t (&at)[4], int lane) {
     const auto* from = static_cast<const unsigned short*>(values) + lane / 4 * 8;
 #pragma unroll
     for (int half = 0; half < D / 64; ++half)
 #pragma unroll
-      for (int r = 0; r < Rows / 4; ++r) v[half][r] = load(from + at[r] + half * 64);
+      for (int r = 0; r < 4; ++r) v[half][r] = load(from + at[r] + half * 64);
   }
 };
 // The lane's keys and values among them.
@@ -87,7 +87,7 @@ __global__ __launch_bounds__(gather_warps * 32, 2) void dense_kernel(const __gri
 #pragma unroll
         for (int r = 0; r < 4; ++r) values[r] = at(min(from + value_of_lane(lane, r), end - 1));
       };
-      row_registers<D, 16> rows;
+      row_registers<D> rows;
       if (mine > 0) {
         place(0);
         rows.load_keys(k.a.cache.k, keys, lane), rows.load_values(k.a.cache.v, values, lane);
@@ -280,7 +280,7 @@ __global__ __launch_bounds__(gather_warps * 32, 2) void dense_kernel(const __gri
           // What sampling had guessed wrong is known now.
           head_state& state = static_cast<head_state*>(k.a.state)[id];
           const float typical = centre[D + typical_reach];
-          const float mass = __ldcg(k.w.fits + id * 4) * ln_2, s_lse = lse - __ldcg(k.w.thresholds + id * 8 + offset);
+          const float mass = __ldcg(k.w.fits + id * 4) * ln_2, s_lse = lse - __ldcg(k.w.thresholds + id * mark_size + offset);
           const float scale = 0.5f * logf(norm2) - logf(typical), away = 0.5f * log2f(away2 + 1e-30f) - log2f(typical);
           if (isfinite(mass) && isfinite(s_lse) && isfinite(scale) && isfinite(away))
             state.denominator = s_lse - mass, state.scale = scale, state.away = away, state.known = 1;

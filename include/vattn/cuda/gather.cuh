@@ -8,12 +8,38 @@
 namespace vattn::cuda::detail {
 
 inline constexpr int most_segments = 512;
-inline constexpr int gathered = 8;  ///< rows that a warp handles at a time: so few registers that twelve warps fit
+
+// What a warp has on its way: batches of 16 rows of K and V. Rows are 16 bytes longer than they are, so that the 16
+// bytes of rows 2t that the lanes of a quarter warp read lie in different banks. (Straight into registers, as dense_kernel
+// has them, random rows came slower: docs/cuda.md.)
+template <int D, int Stages>
+struct row_ring {
+  char rows[Stages][2][16][2 * D + 16];
+};
+
+// 16 rows: keys and values to a stage of the ring. `mine` is where the row of lane's number mod 16 begins, in units of 16
+// bytes; a row is copied by D/8 lanes.
+template <int D>
+__device__ inline void fetch_rows(const kernel_arguments& k, std::uint32_t mine, char (*to)[16][2 * D + 16], int lane) {
+  constexpr int lanes = D / 8, together = 32 / lanes;
+  const auto *K = static_cast<const uint4*>(k.a.cache.k) + lane % lanes, *V = static_cast<const uint4*>(k.a.cache.v) + lane % lanes;
+  char* into = to[0][lane / lanes] + lane % lanes * 16;
+#pragma unroll
+  for (int r = 0; r < 16; r += together) {
+    const std::uint32_t from = __shfl_sync(full, mine, r + lane / lanes);
+    copy16(into + r * (2 * D + 16), K + from);
+    copy16(into + (16 + r) * (2 * D + 16), V + from);
+  }
+  commit_copies();
+}
 
 template <class T, int D>
 struct gather_shared {
-  float4 sums[gather_warps][D / 8][32];
-  uint4 fifo[gather_warps][64], batch[gather_warps][2][gathered];
+  union {
+    row_ring<D, 2> ring;
+    float4 sums[D / 8][32];
+  } warp[gather_warps];
+  uint4 fifo[gather_warps][64], batch[gather_warps][2][16];
   float scalars[gather_warps][chunk_heads][slot_scalars];
   uint4 q[chunk_heads][D / 8];
   int prefix[most_segments + 1], warp_counts[gather_warps];
@@ -57,7 +83,7 @@ __device__ inline void gather_share(const kernel_arguments& k, gather_shared<T, 
 #pragma unroll 1
   for (int h = warp; h < k.group; h += gather_warps) {
     const int id = group * k.group + h;
-    const float* marks = k.w.thresholds + id * 8;
+    const float* marks = k.w.thresholds + id * mark_size;
     const float A = __ldcg(marks + plain), F = __ldcg(marks + floor_);
     float log2_mass, shift;
     if (first_round) {
@@ -101,7 +127,7 @@ __device__ inline void gather_share(const kernel_arguments& k, gather_shared<T, 
   const int e1 = share_of(total, split + 1, k.gather_splits);
 
   const int head = min(g & 3, heads - 1), slot = level_slot(k.group, chunk * chunk_heads + head), id = group * k.group + chunk * chunk_heads + head;
-  const float* marks = k.w.thresholds + id * 8;
+  const float* marks = k.w.thresholds + id * mark_size;
   const float offset2 = __ldcg(marks + offset) * log2_e, reference = s.log2_mass[chunk * chunk_heads + head] + offset2;
   const float A = __ldcg(marks + plain), F = __ldcg(marks + floor_), lower = __ldcg(marks + slope), deviation = __ldcg(marks + sigma);
   const float* centre_of = k.codes.heads + static_cast<std::int64_t>(group) * (2 * D + 8) + D;
@@ -134,7 +160,7 @@ __device__ inline void gather_share(const kernel_arguments& k, gather_shared<T, 
   uint4* fifo = s.fifo[warp];
   const auto refill = [&] {
 #pragma unroll 1
-    while (waiting < gathered && next < e1) {
+    while (waiting < 16 && next < e1) {
       const uint4 e = ahead;
       const int i = asked;  // below 0: nothing was asked for yet
       if (i >= 0) next += gather_warps * 32;
@@ -148,63 +174,61 @@ __device__ inline void gather_share(const kernel_arguments& k, gather_shared<T, 
     }
   };
   float c[tiles][4] = {}, sum[slot_scalars] = {};
-  row_registers<D, gathered> rows;
-  std::int64_t key_at[1], value_at[2];
-  int stage = 0;
-  // The next kept ones, and where their rows lie: what is in `batch` waits until those before are done.
-  const auto prepare = [&]() -> bool {
-    refill();
-    const int count = min(waiting, gathered);
-    if (count == 0) return false;
-    uint4 e = fifo[(oldest + min(lane & (gathered - 1), count - 1)) & 63];
-    if (lane >= count) e.y = 0xffffffffu;
-    if (lane < gathered) s.batch[warp][stage][lane] = e;
-    const long long mine = at(static_cast<int>(e.x));
-    key_at[0] = __shfl_sync(full, mine, key_of_lane(lane, 0));
-#pragma unroll
-    for (int r = 0; r < 2; ++r) value_at[r] = __shfl_sync(full, mine, value_of_lane(lane, r));
-    oldest = (oldest + count) & 63, waiting -= count;
-    stage ^= 1;
-    return true;
-  };
-  bool here_is = false;
+  auto& ring = s.warp[warp].ring;
+  int pending = 0, stage = 0;
 #pragma unroll 1
-  for (;;) {
-    const bool there_is = prepare();
-    if (!here_is) {  // the first ones
-      if (!there_is) break;
-      rows.load_keys(k.a.cache.k, key_at, lane), rows.load_values(k.a.cache.v, value_at, lane);
-      here_is = true;
-      continue;
+  for (bool more = true;;) {
+    if (more) {  // another 16
+      refill();
+      const int count = min(waiting, 16);
+      more = count > 0;
+      if (more) {
+        uint4 e = fifo[(oldest + min(lane & 15, count - 1)) & 63];
+        if (lane >= count) e.y = 0xffffffffu;
+        if (lane < 16) s.batch[warp][stage][lane] = e;
+        fetch_rows<D>(k, static_cast<std::uint32_t>(at(static_cast<int>(e.x)) >> 3), ring.rows[stage], lane);
+        oldest = (oldest + count) & 63, waiting -= count;
+        stage ^= 1;
+        if (++pending < 2) continue;
+      }
     }
-    const int here = there_is ? stage : stage ^ 1;
-    float l[4] = {};  // of head g mod 4 and rows 2t and 2t + 1, twice
+    if (pending == 0) break;
+    if (pending == 2) wait_copies<1>();
+    else wait_copies<0>();
+    __syncwarp();
+    const int here = pending == 2 ? stage : stage ^ 1;
+    --pending;
+    const auto& rows = ring.rows[here];
+    float l[2][4] = {};
 #pragma unroll
     for (int j = 0; j < D / 32; ++j) {
-      const uint4 q = s.q[g & 3][j * 4 + t], x = rows.k[j][0];
-      E::mma(l, q.x, q.x, q.y, q.y, x.x, x.y);
-      E::mma(l, q.z, q.z, q.w, q.w, x.z, x.w);
+      const uint4 q = s.q[g & 3][j * 4 + t];
+#pragma unroll
+      for (int nt = 0; nt < 2; ++nt) {
+        const uint4 x = *reinterpret_cast<const uint4*>(rows[0][nt * 8 + g] + t * 16 + j * 64);
+        E::mma(l[nt], q.x, q.x, q.y, q.y, x.x, x.y);
+        E::mma(l[nt], q.z, q.z, q.w, q.w, x.z, x.w);
+      }
     }
-    if (there_is) rows.load_keys(k.a.cache.k, key_at, lane);
-    float v2[2] = {};  // ‖v‖² of the lane's rows 2t and 2t + 1
+    float v2[4] = {};  // ‖v‖² of the lane's four rows 2t, 2t + 1, 2t + 8, 2t + 9
     if (k.rms) {
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
+      for (int r = 0; r < 4; ++r) {
 #pragma unroll
         for (int half = 0; half < D / 64; ++half) {
-          const uint4 v = rows.v[half][r];
+          const uint4 v = *reinterpret_cast<const uint4*>(rows[1][2 * t + (r & 1) + (r >> 1) * 8] + g * 16 + half * 128);
 #pragma unroll
           for (int j = 0; j < 4; ++j) v2[r] += E::low(word(v, j)) * E::low(word(v, j)), v2[r] += E::high(word(v, j)) * E::high(word(v, j));
         }
         v2[r] += __shfl_xor_sync(full, v2[r], 4), v2[r] += __shfl_xor_sync(full, v2[r], 8), v2[r] += __shfl_xor_sync(full, v2[r], 16);
       }
     }
-    std::uint32_t up[2], down[2];
+    std::uint32_t up[4], down[4];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const uint4 e = s.batch[warp][here][2 * t + r];
+    for (int r = 0; r < 4; ++r) {
+      const uint4 e = s.batch[warp][here][2 * t + (r & 1) + (r >> 1) * 8];
       const bool valid = e.y != 0xffffffffu, sure = (e.y & certain_flag) != 0;
-      const float l2 = l[r] * (k.scale * log2_e);
+      const float l2 = l[r >> 1][r & 1] * (k.scale * log2_e);
       const float lp = log2_probability(e), missed = 1 - exp2_of(lp);
       const float w = valid ? exp2_of(fminf(l2 - reference - lp, 100.0f)) : 0.0f;
       // What the score said at most: its level over the threshold.
@@ -223,21 +247,22 @@ __device__ inline void gather_share(const kernel_arguments& k, gather_shared<T, 
       sum[rows_read] += valid && static_cast<int>(e.x) < coded_end ? 1.0f : 0.0f;
     }
 #pragma unroll
-    for (int half = 0; half < D / 64; ++half)
+    for (int half = 0; half < D / 64; ++half) {
+      uint4 v[4];
+#pragma unroll
+      for (int r = 0; r < 4; ++r)
+        v[r] = *reinterpret_cast<const uint4*>(rows[1][2 * t + (r & 1) + (r >> 1) * 8] + g * 16 + half * 128);
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        const auto element = [&](int r) {
-          const std::uint32_t w = word(rows.v[half][r], j >> 1);
-          return j & 1 ? E::high(w) : E::low(w);
-        };
+        const auto element = [&](int r) { return j & 1 ? E::high(word(v[r], j >> 1)) : E::low(word(v[r], j >> 1)); };
         mma_tf32(c[half * 8 + j], up[0], down[0], up[1], down[1], element(0), element(1));
+        mma_tf32(c[half * 8 + j], up[2], down[2], up[3], down[3], element(2), element(3));
       }
-    if (!there_is) break;
-    rows.load_values(k.a.cache.v, value_at, lane);
+    }
     __syncwarp();
   }
 #pragma unroll
-  for (int j = 0; j < tiles; ++j) s.sums[warp][j][lane] = make_float4(c[j][0], c[j][1], c[j][2], c[j][3]);
+  for (int j = 0; j < tiles; ++j) s.warp[warp].sums[j][lane] = make_float4(c[j][0], c[j][1], c[j][2], c[j][3]);
 #pragma unroll
   for (int i = 0; i < slot_scalars; ++i) {
     sum[i] += __shfl_xor_sync(full, sum[i], 1), sum[i] += __shfl_xor_sync(full, sum[i], 2);
@@ -249,11 +274,11 @@ __device__ inline void gather_share(const kernel_arguments& k, gather_shared<T, 
 #pragma unroll 1
   for (int o = tid; o < slots * tiles * 32; o += gather_warps * 32) {
     const int w0 = o / (tiles * 32) * together, at_lane = o % (tiles * 32);
-    float4 x = s.sums[w0][at_lane / 32][at_lane % 32];
+    float4 x = s.warp[w0].sums[at_lane / 32][at_lane % 32];
 #pragma unroll
     for (int w = 1; w < gather_warps; ++w)
       if (w < together) {
-        const float4 y = s.sums[w0 + w][at_lane / 32][at_lane % 32];
+        const float4 y = s.warp[w0 + w].sums[at_lane / 32][at_lane % 32];
         x.x += y.x, x.y += y.y, x.z += y.z, x.w += y.w;
       }
     reinterpret_cast<float4*>(k.w.slots)[slot0 * (tiles * 32) + o] = x;
@@ -284,7 +309,7 @@ __device__ inline void gather_share(const kernel_arguments& k, gather_shared<T, 
 
 // First round: a block for each share. Second: blocks take shares of groups with an open head in turn.
 template <class T, int D>
-__global__ __launch_bounds__(gather_warps * 32, 3) void gather_kernel(const __grid_constant__ kernel_arguments k, bool first_round) {
+__global__ __launch_bounds__(gather_warps * 32, 2) void gather_kernel(const __grid_constant__ kernel_arguments k, bool first_round) {
   extern __shared__ __align__(128) char memory[];
   auto& s = *reinterpret_cast<gather_shared<T, D>*>(memory);
   after_last_kernel();

@@ -107,7 +107,7 @@ __device__ inline void judge_chunk(const kernel_arguments& k, judge_shared& s, i
   }
   const float* sc = s.scalars[h] + z_groups;
   const float log2_mass = x.masses[chunk * chunk_heads + h], shift = x.shifts[level_slot(k.group, chunk * chunk_heads + h)];
-  const float offset2 = __ldcg(k.w.thresholds + id * 8 + offset) * log2_e;
+  const float offset2 = __ldcg(k.w.thresholds + id * mark_size + offset) * log2_e;
   float denominator = sc[sum_w];
   if (k.a.sink_logits)
     denominator += exp2_of(k.a.sink_logits[(group % k.n_kv) * k.group + chunk * chunk_heads + h] * log2_e - log2_mass - offset2);
@@ -143,7 +143,7 @@ __device__ inline void judge_chunk(const kernel_arguments& k, judge_shared& s, i
     const float away2 = __shfl_sync(full, mine, 28), cross = __shfl_sync(full, mine, 29), output2 = __shfl_sync(full, mine, 30),
                 third = sqrt_of(__shfl_sync(full, mine, 31));
     if (lane == 0) {
-      const float* marks = k.w.thresholds + id * 8;
+      const float* marks = k.w.thresholds + id * mark_size;
       const float A = __ldcg(marks + plain), F = __ldcg(marks + floor_);
       const float typical = centre[D + typical_reach];
       const float spread = fmaxf(0.0f, sc[sum_tr2] - 2 * cross + sc[sum_t] * away2);
@@ -190,13 +190,14 @@ __device__ inline void judge_chunk(const kernel_arguments& k, judge_shared& s, i
       if (x.first_round) {
         float* fit = k.w.fits + id * 4;
         fit[0] = log2_mass, fit[3] = 0;
+        k.w.thresholds[id * mark_size + used_shift] = shift;
         // What the variance or a floor lacks; with more than the candidates, another scan finds it.
         float next = shift - fminf(fmaxf(0.3f, log2_of(ratio * 1.8f)), 1.6f);
         if (!covered) next = fminf(next, shift - missing - 0.2f);
         if (!verified && sane && trusted && ratio < 20.0f && missing < 4.0f) {
           if (next >= -0.2f || k.rescan) open = 1;
           // Also where another head of the group is why it is scanned again.
-          k.w.thresholds[id * 8 + next_shift] = fmaxf(next, 0.0f);
+          k.w.thresholds[id * mark_size + next_shift] = fmaxf(next, 0.0f);
           fit[1] = A + next, fit[2] = fminf(used, want) - 0.2f, fit[3] = next < -0.2f ? 1.0f : 0.0f;
         }
         head_state& state = static_cast<head_state*>(k.a.state)[id];

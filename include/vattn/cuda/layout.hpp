@@ -13,7 +13,8 @@ enum class element : std::uint8_t { bf16, f16 };
 /// K and V of one layer, strides in elements and the same for both. Token i of sequence b and KV head h is row
 ///   page(b, i)·page_stride + h·head_stride + (i mod page_size)·row_stride
 /// with page(b, i) an entry of `table`, or b where there is none. All pointers are device memory and may not be read by
-/// the host: what the tables hold is not checked. Rows begin at multiples of 16 bytes.
+/// the host: what the tables hold is not checked. Rows begin at multiples of 16 bytes, within 64 GiB
+/// of the base.
 struct cache_view {
   const void* k = nullptr;
   const void* v = nullptr;

@@ -124,7 +124,7 @@ inline constexpr int most_pieces = 64;
 /// Scalars behind a KV head's means.
 enum code_scalars : int { alpha_unit, rho_unit, typical_reach, key_variance };
 /// Of a head's thresholds: log2 units; F is lowered by `slope` for each unit of ρ's code.
-enum threshold_fields : int { plain, floor_, slope, sigma, guess, offset, next_shift };
+enum threshold_fields : int { plain, floor_, slope, sigma, guess, offset, next_shift, used_shift, least_reach, mark_size = 12 };
 
 /// Partial sums that a block of a gather leaves, so that a KV head has eight at least.
 [[nodiscard]] VATTN_FN constexpr int slots_of_block(int splits) noexcept {
@@ -212,7 +212,7 @@ struct workspace_pieces {
   std::int32_t* counts;    ///< [groups, segments]
   candidate* candidates;   ///< [groups, segments, segment]
   float* masses;           ///< [groups, splits, 16], Σ e^s r over the threshold
-  float* thresholds;       ///< [heads, 8], of the scan: detail::threshold_fields
+  float* thresholds;       ///< [heads, 12], of the scan: detail::threshold_fields
   float* fits;             ///< [heads, 4], log2 of the mass; thresholds of the second round over the first's
   float* slots;            ///< [groups·chunks, slots, 16, d]
   float* scalars;          ///< [groups·chunks, slots, 4, 12]
@@ -234,7 +234,7 @@ struct workspace_pieces {
     w.counts = from.take<std::int32_t>(size(p.groups(), std::max(p.splits, p.second_splits) * detail::scan_warps));
     w.candidates = from.take<candidate>(size(p.groups(), p.group_candidates()));
     w.masses = from.take<float>(size(p.groups(), p.splits, 16));
-    w.thresholds = from.take<float>(size(p.heads(), 8));
+    w.thresholds = from.take<float>(size(p.heads(), detail::mark_size));
     w.fits = from.take<float>(size(p.heads(), 4));
     w.slots = from.take<float>(size(p.groups() * p.chunks, p.most_slots(), 16, p.shape.d));
     w.scalars = from.take<float>(size(p.groups() * p.chunks, p.most_slots(), detail::chunk_heads, detail::slot_scalars));
@@ -305,7 +305,7 @@ struct code_pieces {
   p.rest_pieces = std::max(1, std::min(detail::most_pieces, (s.max_tokens + 511) / 512));
   // Below these a step of samples takes as long as reading all (docs/cuda.md): launches alone, where few blocks run.
   const double bytes = 4.0 * groups * s.d * s.max_tokens;
-  p.sparse = o.reads == reads::sample || (o.reads == reads::automatic && bytes >= 48e6 && s.max_tokens >= 8192);
+  p.sparse = o.reads == reads::sample || (o.reads == reads::automatic && bytes >= 256e6 && s.max_tokens >= 8192);
   if (o.softcap > 0) {
     if (o.reads == reads::sample)
       return bad("softcap", static_cast<double>(o.softcap), "codes know products alone: do not ask for samples");

@@ -177,7 +177,7 @@ __device__ inline void scan_share(const kernel_arguments& k, const rotation_sign
       const float spread = nats * sqrtf(variance), log_n = __logf(fmaxf(1.0f, static_cast<float>(coded_end)));
       const float edge = sqrtf(2 * log_n);
       const float expected = log2_e * (spread < edge ? log_n + spread * spread / 2 : spread * edge);
-      float* mark = k.w.thresholds + id * 8;
+      float* mark = k.w.thresholds + id * mark_size;
       const float sigma_of = nats * log2_e * rho_of * rsqrtf(static_cast<float>(D));
       float A, F;
       if (first_round) {
@@ -200,10 +200,11 @@ __device__ inline void scan_share(const kernel_arguments& k, const rotation_sign
     if (lane == 0) s.k1[h] = s.k0[h] = 0, s.plain_of[h] = s.floor_of[h] = 1e30f, s.slope_of[h] = 0;
     for (int i = lane; i < D / 4; i += 32) s.q8[h][i] = 0;
   }
-  float least_reach = other_head.known ? fminf(other_head.away, 4.0f) : -1.0f;
+  float lowest = other_head.known ? fminf(other_head.away, 4.0f) : -1.0f;
 #pragma unroll
-  for (int o = 8; o; o /= 2) least_reach = fmaxf(least_reach, __shfl_xor_sync(full, least_reach, o));
-  least_reach = fmaxf(least_reach, reach_least);
+  for (int o = 8; o; o /= 2) lowest = fmaxf(lowest, __shfl_xor_sync(full, lowest, o));
+  lowest = fmaxf(lowest, reach_least);
+  if (split == 0 && static_cast<int>(threadIdx.x) < heads) k.w.thresholds[(group * heads + static_cast<int>(threadIdx.x)) * mark_size + least_reach] = lowest;
   __syncthreads();
 
   constexpr int columns = Sets == 0 ? 1 : Sets, halves = Sets == 0 ? 1 : 2;
@@ -280,7 +281,7 @@ __device__ inline void scan_share(const kernel_arguments& k, const rotation_sign
           const std::uint32_t w = e ? both.y : both.x;
           const float alpha = __half2float(__ushort_as_half(static_cast<unsigned short>(w & 0xffff)));
           const float rho = __uint_as_float(__byte_perm(w, 0x4b000000, 0x7443)) - 8388608.0f;
-          float reach = fmaxf(fmaf(__uint_as_float(__byte_perm(w, 0x4b000000, 0x7442)), reach_unit, reach_least - 8388608.0f * reach_unit), least_reach);
+          float reach = fmaxf(fmaf(__uint_as_float(__byte_perm(w, 0x4b000000, 0x7442)), reach_unit, reach_least - 8388608.0f * reach_unit), lowest);
           if (edge) {
             const int token = base + c * 32 + half * 16 + e * 8 + g;
             if (token < sink_end || token >= coded_end) reach = -1e30f;
