@@ -23,8 +23,9 @@ find_package(CUDAToolkit REQUIRED)
 # The kernels that our programs and tests use, compiled once.
 function(vattn_add_cuda_decoders)
   add_library(vattn_cuda_decoders STATIC "${PROJECT_SOURCE_DIR}/tools/cuda/decoders.cu")
-  set_target_properties(vattn_cuda_decoders PROPERTIES CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON POSITION_INDEPENDENT_CODE ON)
+  set_target_properties(vattn_cuda_decoders PROPERTIES POSITION_INDEPENDENT_CODE ON)
   target_include_directories(vattn_cuda_decoders PUBLIC "${PROJECT_SOURCE_DIR}/tools" "${PROJECT_SOURCE_DIR}/include")
-  target_compile_options(vattn_cuda_decoders PRIVATE $<$<BOOL:${VATTN_WERROR}>:--Werror=all-warnings>)
+  # CMake before 3.26 does not know the standard of compilers so new.
+  target_compile_options(vattn_cuda_decoders PRIVATE -std=c++20 $<$<BOOL:${VATTN_WERROR}>:--Werror=all-warnings>)
   target_link_libraries(vattn_cuda_decoders PUBLIC CUDA::cudart_static)
 endfunction()
