@@ -17,7 +17,7 @@ struct tabulated_clt {
     return of_block;
   }
   __device__ static double squared_quantile(const stats::error_shape& e, double) {
-    if (!(e.dof >= 1.99)) return stats::infinity;  // 2V²/Σt² is 2 at least
+    if (!(e.dof >= 1.99)) return stats::infinity;
     const double q = static_cast<double>((*table())(static_cast<float>(e.dimension), static_cast<float>(fmin(e.dof, 1e9))));
     return !e.scalar && e.dimension <= 1 ? stats::larger(q, stats::least_vector_quantile) : q;
   }
@@ -156,7 +156,7 @@ __device__ inline void judge_chunk(const kernel_arguments& k, judge_shared& s, i
       e.power = static_cast<double>(sc[sum_wv2] * inverse);  // 0 where nobody asks
       e.variance = static_cast<double>(spread * inverse * inverse);
       e.dimension = aligned > 0 ? static_cast<double>(fminf(fmaxf(__fdividef(product, 1.1f * aligned), 1.0f), static_cast<float>(D))) : 1.0;
-      e.dof = fourth > 0 ? static_cast<double>(2 * __fdividef(spread, fourth) * spread) : 1e9;
+      e.dof = fourth > 0 ? static_cast<double>(fmaxf(2.0f, 2 * __fdividef(spread, fourth) * spread)) : 1e9;  // 2 at least: Σt² <= (Σt)²
       e.skew = spread > 0 ? static_cast<double>(__fdividef(third, spread) * inverse) : 0.0;
       e.denominator_variance = static_cast<double>(sc[sum_t] * inverse * inverse);
       e.denominator_dof = sc[sum_tt] > 0 ? static_cast<double>(2 * __fdividef(sc[sum_t], sc[sum_tt]) * sc[sum_t]) : 1e9;
@@ -192,9 +192,11 @@ __device__ inline void judge_chunk(const kernel_arguments& k, judge_shared& s, i
         fit[0] = log2_mass, fit[3] = 0;
         k.w.thresholds[id * mark_size + used_shift] = shift;
         // What the variance or a floor lacks; with more than the candidates, another scan finds it.
-        float next = shift - fminf(fmaxf(0.3f, log2_of(ratio * 1.8f)), 1.6f);
+        float next = shift - fminf(fmaxf(0.3f, log2_of(ratio * 1.8f)), 5.0f);
         if (!covered) next = fminf(next, shift - missing - 0.2f);
-        if (!verified && sane && trusted && ratio < 20.0f && missing < 4.0f) {
+        // Not where that would be a large share of the rows.
+        const float rows_then = sc[rows_read] * exp2_of(shift - next);
+        if (!verified && sane && trusted && rows_then < 0.2f * static_cast<float>(x.n)) {
           if (next >= -0.2f || k.rescan) open = 1;
           // Also where another head of the group is why it is scanned again.
           k.w.thresholds[id * mark_size + next_shift] = fmaxf(next, 0.0f);
