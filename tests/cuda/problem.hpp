@@ -103,7 +103,8 @@ class problem {
     make_rows();
     place_rows();
     settings_.scale = 1 / std::sqrt(static_cast<float>(shape.d));
-    const cuda::shape s{shape.n_batch, shape.n_kv_heads * shape.group, shape.n_kv_heads, shape.d, capacity(), shape.type};
+    const cuda::shape s{shape.n_batch, shape.n_kv_heads * shape.group, shape.n_kv_heads, shape.d, capacity(),
+                        shape.type};
     require(cuda::make_plan(s, settings_, plan));
     decoder = cuda::find_decoder(shape.type, shape.d, settings_.bits);
     if (decoder == nullptr) throw std::runtime_error("no decoder for this problem");
@@ -154,8 +155,11 @@ class problem {
   /// Key or value row of token i on the host.
   [[nodiscard]] std::vector<float> row(const std::vector<std::uint16_t>& rows, int b, int h, int i) const {
     std::vector<float> x(static_cast<std::size_t>(shape_.d));
-    const std::size_t at = ((static_cast<std::size_t>(b) * static_cast<std::size_t>(shape_.n_kv_heads) + static_cast<std::size_t>(h)) *
-                                static_cast<std::size_t>(capacity()) + static_cast<std::size_t>(i)) * x.size();
+    const std::size_t at =
+        ((static_cast<std::size_t>(b) * static_cast<std::size_t>(shape_.n_kv_heads) + static_cast<std::size_t>(h)) *
+             static_cast<std::size_t>(capacity()) +
+         static_cast<std::size_t>(i)) *
+        x.size();
     for (std::size_t j = 0; j < x.size(); ++j) x[j] = to_float(rows[at + j], shape_.type);
     return x;
   }
@@ -204,17 +208,28 @@ class problem {
     for (int b = 0; b < shape_.n_batch; ++b)
       for (std::size_t h = 0; h < heads; ++h)
         for (int i = 0; i < capacity(); ++i) {
-          const auto p = static_cast<std::size_t>(order[static_cast<std::size_t>(b * pages + i / shape_.page)]), r = static_cast<std::size_t>(i) % page;
+          const auto p = static_cast<std::size_t>(order[static_cast<std::size_t>(b * pages + i / shape_.page)]),
+                     r = static_cast<std::size_t>(i) % page;
           const std::size_t to = p * size + (shape_.lies == layout::hnd ? (h * page + r) * d : (r * heads + h) * d);
-          const std::size_t from = ((static_cast<std::size_t>(b) * heads + h) * static_cast<std::size_t>(capacity()) + static_cast<std::size_t>(i)) * d;
-          std::copy_n(host_k.begin() + static_cast<std::ptrdiff_t>(from), d, to_k.begin() + static_cast<std::ptrdiff_t>(to));
-          std::copy_n(host_v.begin() + static_cast<std::ptrdiff_t>(from), d, to_v.begin() + static_cast<std::ptrdiff_t>(to));
+          const std::size_t from = ((static_cast<std::size_t>(b) * heads + h) * static_cast<std::size_t>(capacity()) +
+                                    static_cast<std::size_t>(i)) *
+                                   d;
+          std::copy_n(host_k.begin() + static_cast<std::ptrdiff_t>(from), d,
+                      to_k.begin() + static_cast<std::ptrdiff_t>(to));
+          std::copy_n(host_v.begin() + static_cast<std::ptrdiff_t>(from), d,
+                      to_v.begin() + static_cast<std::ptrdiff_t>(to));
         }
-    k = device_array<std::uint16_t>(to_k), v = device_array<std::uint16_t>(to_v), table = device_array<std::int32_t>(order);
-    const auto used = [&](int b) { return shape_.lengths.empty() ? shape_.n : shape_.lengths[static_cast<std::size_t>(b)]; };
+    k = device_array<std::uint16_t>(to_k), v = device_array<std::uint16_t>(to_v),
+    table = device_array<std::int32_t>(order);
+    const auto used = [&](int b) {
+      return shape_.lengths.empty() ? shape_.n : shape_.lengths[static_cast<std::size_t>(b)];
+    };
     if (shape_.lies == layout::vllm) {
-      if (shape_.lengths.empty()) lengths = device_array<std::int32_t>(std::vector<std::int32_t>(static_cast<std::size_t>(shape_.n_batch), shape_.n));
-      a.cache = cuda::vllm_cache(k.data(), v.data(), shape_.page, shape_.n_kv_heads, shape_.d, table.data(), pages, lengths.data(), capacity());
+      if (shape_.lengths.empty())
+        lengths =
+            device_array<std::int32_t>(std::vector<std::int32_t>(static_cast<std::size_t>(shape_.n_batch), shape_.n));
+      a.cache = cuda::vllm_cache(k.data(), v.data(), shape_.page, shape_.n_kv_heads, shape_.d, table.data(), pages,
+                                 lengths.data(), capacity());
       return;
     }
     std::vector<std::int32_t> start{0}, rest, packed;
@@ -223,9 +238,10 @@ class problem {
       for (int i = 0; i < count; ++i) packed.push_back(order[static_cast<std::size_t>(b * pages + i)]);
       start.push_back(start.back() + count), rest.push_back(used(b) - (count - 1) * shape_.page);
     }
-    table = device_array<std::int32_t>(packed), starts = device_array<std::int32_t>(start), last = device_array<std::int32_t>(rest);
-    a.cache = cuda::flashinfer_cache(k.data(), v.data(), shape_.lies == layout::nhd, shape_.page, shape_.n_kv_heads, shape_.d, starts.data(),
-                                     table.data(), last.data(), capacity());
+    table = device_array<std::int32_t>(packed), starts = device_array<std::int32_t>(start),
+    last = device_array<std::int32_t>(rest);
+    a.cache = cuda::flashinfer_cache(k.data(), v.data(), shape_.lies == layout::nhd, shape_.page, shape_.n_kv_heads,
+                                     shape_.d, starts.data(), table.data(), last.data(), capacity());
   }
 
   shape_of_problem shape_;

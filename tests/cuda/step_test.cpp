@@ -1,7 +1,7 @@
 // A verified step on the device: its codes, its picks and its evidence against the host's, and what it must never do.
-#include "cuda/problem.hpp"
 #include <map>
 
+#include "cuda/problem.hpp"
 #include "vattn/cuda/plan.hpp"
 #include "vattn/sample/philox.hpp"
 #include "vattn/sketch/rotation.hpp"
@@ -41,8 +41,9 @@ struct decoded_key {
   std::uint32_t meta;
 };
 decoded_key decode(const seen& s, int group, int token, int bits, int d) {
-  const std::uint32_t* tile = s.coded.tiles + static_cast<std::size_t>(group) * cuda::code_pieces::stride(s.plan) +
-                              static_cast<std::size_t>(token / 32) * static_cast<std::size_t>(cuda::detail::tile_bytes(bits, d) / 4);
+  const std::uint32_t* tile =
+      s.coded.tiles + static_cast<std::size_t>(group) * cuda::code_pieces::stride(s.plan) +
+      static_cast<std::size_t>(token / 32) * static_cast<std::size_t>(cuda::detail::tile_bytes(bits, d) / 4);
   const int key = token % 32, half = key / 16, g = key % 8, up = key / 8 % 2;
   decoded_key k{};
   const auto plane = [&](int b, const std::uint32_t* words, int j) {
@@ -70,7 +71,9 @@ std::uint32_t draw(std::uint32_t token, std::uint32_t key0, std::uint32_t key1) 
 std::array<std::uint32_t, 4> draw_key_of(std::uint64_t seed, std::uint32_t step, std::uint32_t b, std::uint32_t head) {
   return philox4x32({head, step, b, 0}, {static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32)});
 }
-float half_value(std::uint32_t bits) { return static_cast<float>(Eigen::numext::bit_cast<Eigen::half>(static_cast<std::uint16_t>(bits & 0xffff))); }
+float half_value(std::uint32_t bits) {
+  return static_cast<float>(Eigen::numext::bit_cast<Eigen::half>(static_cast<std::uint16_t>(bits & 0xffff)));
+}
 
 }  // namespace
 
@@ -102,7 +105,8 @@ TEST_CASE("codes made on a GPU are those of the host's rotation, with their stat
       const int n = group < 2 ? 700 : 333;
       for (int token = 0; token < (n - s.window) / 32 * 32; ++token) {
         const decoded_key k = decode(at, group, token, bits, 128);
-        std::vector<float> y = p.row(p.host_k, group / 2, group % 2, token), v = p.row(p.host_v, group / 2, group % 2, token);
+        std::vector<float> y = p.row(p.host_k, group / 2, group % 2, token),
+                           v = p.row(p.host_v, group / 2, group % 2, token);
         double r2 = 0;
         for (int j = 0; j < 128; ++j) {
           const auto i = static_cast<std::size_t>(j);
@@ -117,14 +121,19 @@ TEST_CASE("codes made on a GPU are those of the host's rotation, with their stat
         }
         const double step = 2 * (bits == 1 ? 0.7979 : bits == 2 ? 0.4979 : 0.2930) * std::sqrt(norm2 / 128);
         for (int j = 0; j < 128; ++j) {
-          const int top = 1 << (bits - 1), c = std::clamp(static_cast<int>(std::floor(static_cast<double>(y[static_cast<std::size_t>(j)]) / step)), -top, top - 1);
+          const int top = 1 << (bits - 1),
+                    c = std::clamp(
+                        static_cast<int>(std::floor(static_cast<double>(y[static_cast<std::size_t>(j)]) / step)), -top,
+                        top - 1);
           different += 2 * c + 1 != k.level[j], ++all;
         }
-        const double alpha = norm2 / along, rho = std::sqrt(std::max(0.0, norm2 - 2 * alpha * along + alpha * alpha * square));
+        const double alpha = norm2 / along,
+                     rho = std::sqrt(std::max(0.0, norm2 - 2 * alpha * along + alpha * alpha * square));
         REQUIRE(std::abs(static_cast<double>(k.alpha * head[256]) / alpha - 1) < 2e-3);
         REQUIRE(static_cast<double>(k.rho * head[257]) > rho * (1 - 1e-3));
         REQUIRE(static_cast<double>((k.rho - 1) * head[257]) < rho * (1 + 1e-3));
-        REQUIRE(std::abs(static_cast<double>(k.reach) - std::log2(std::sqrt(r2) / static_cast<double>(head[258]))) < 0.02);
+        REQUIRE(std::abs(static_cast<double>(k.reach) - std::log2(std::sqrt(r2) / static_cast<double>(head[258]))) <
+                0.02);
       }
     }
     REQUIRE(all > 100000);
@@ -155,7 +164,8 @@ TEST_CASE("host and GPU pick the same tokens and see the same evidence", "[cuda]
       std::vector<float> k1, k0;
       for (int h = 0; h < group; ++h) {
         std::vector<float> x(128);
-        for (std::size_t j = 0; j < 128; ++j) x[j] = to_float(p.host_q[static_cast<std::size_t>((kv * group + h) * 128) + j], cuda::element::bf16);
+        for (std::size_t j = 0; j < 128; ++j)
+          x[j] = to_float(p.host_q[static_cast<std::size_t>((kv * group + h) * 128) + j], cuda::element::bf16);
         rotation.apply(x);
         float top = 0;
         for (const float v : x) top = std::max(top, std::abs(v));
@@ -170,11 +180,13 @@ TEST_CASE("host and GPU pick the same tokens and see the same evidence", "[cuda]
       }
       std::map<std::uint32_t, cuda::candidate> found;
       for (int segment = 0; segment < p.plan.segments(); ++segment) {
-        const int count = at.at.counts[kv * std::max(p.plan.splits, p.plan.second_splits) * cuda::detail::scan_warps + segment];
+        const int count =
+            at.at.counts[kv * std::max(p.plan.splits, p.plan.second_splits) * cuda::detail::scan_warps + segment];
         REQUIRE(count <= p.plan.segment);
         for (int i = 0; i < count; ++i) {
-          const auto& c = at.at.candidates[static_cast<std::size_t>(kv) * static_cast<std::size_t>(p.plan.group_candidates()) +
-                                           static_cast<std::size_t>(segment * p.plan.segment + i)];
+          const auto& c =
+              at.at.candidates[static_cast<std::size_t>(kv) * static_cast<std::size_t>(p.plan.group_candidates()) +
+                               static_cast<std::size_t>(segment * p.plan.segment + i)];
           REQUIRE(found.emplace(c.token, c).second);
         }
       }
@@ -184,15 +196,19 @@ TEST_CASE("host and GPU pick the same tokens and see the same evidence", "[cuda]
       for (int token = s.sinks; token < coded; ++token) {
         const decoded_key k = decode(at, kv, token, 2, 128);
         const auto it = found.find(static_cast<std::uint32_t>(token));
-        const double u = (static_cast<double>(draw(static_cast<std::uint32_t>(token), keys[0], keys[1])) + 0.5) / 4294967296.0;
+        const double u =
+            (static_cast<double>(draw(static_cast<std::uint32_t>(token), keys[0], keys[1])) + 0.5) / 4294967296.0;
         float level = least;
         for (int h = 0; h < group; ++h) {
           int sum = 0;
-          for (std::size_t j = 0; j < 128; ++j) sum += 64 * ((k.level[j] + 3) / 2) * bytes[static_cast<std::size_t>(h)][j];
-          const float inner = std::fma(k1[static_cast<std::size_t>(h)], 12582912.0f + static_cast<float>(sum), k0[static_cast<std::size_t>(h)]);
+          for (std::size_t j = 0; j < 128; ++j)
+            sum += 64 * ((k.level[j] + 3) / 2) * bytes[static_cast<std::size_t>(h)][j];
+          const float inner = std::fma(k1[static_cast<std::size_t>(h)], 12582912.0f + static_cast<float>(sum),
+                                       k0[static_cast<std::size_t>(h)]);
           const float* m = marks + h * cuda::detail::mark_size;
           const float score = std::fma(k.alpha, inner, std::max(k.reach, m[cuda::detail::least_reach]));
-          const float over = std::max(score - m[cuda::detail::plain], score - std::fma(k.rho, m[cuda::detail::slope], m[cuda::detail::floor_]));
+          const float over = std::max(score - m[cuda::detail::plain],
+                                      score - std::fma(k.rho, m[cuda::detail::slope], m[cuda::detail::floor_]));
           const float rounded = static_cast<float>(Eigen::half(over));
           if (it != found.end()) other_level += half_value(it->second.levels[h / 2] >> (h % 2 * 16)) != rounded;
           level = std::max(level, rounded);
@@ -219,7 +235,8 @@ TEST_CASE("host and GPU pick the same tokens and see the same evidence", "[cuda]
       for (const auto& [token, c] : found) {
         double lp = static_cast<double>(least);
         for (int h = 0; h < group; ++h)
-          lp = std::max(lp, static_cast<double>(half_value(c.levels[h / 2] >> (h % 2 * 16)) - marks[h * cuda::detail::mark_size + cuda::detail::used_shift]));
+          lp = std::max(lp, static_cast<double>(half_value(c.levels[h / 2] >> (h % 2 * 16)) -
+                                                marks[h * cuda::detail::mark_size + cuda::detail::used_shift]));
         const double u = (static_cast<double>(draw(token, keys[0], keys[1])) + 0.5) / 4294967296.0;
         if ((c.flags & 256) == 0 && std::log2(u) >= lp) continue;
         rows.push_back({static_cast<int>(token), (c.flags & 256) != 0 ? 1.0 : std::exp2(std::min(lp, 0.0))});
@@ -236,7 +253,9 @@ TEST_CASE("host and GPU pick the same tokens and see the same evidence", "[cuda]
         for (const kept& r : rows) {
           const auto key = p.row(p.host_k, 0, kv, r.token);
           double l = 0;
-          for (std::size_t j = 0; j < 128; ++j) l += static_cast<double>(key[j]) * static_cast<double>(to_float(p.host_q[id * 128 + j], cuda::element::bf16));
+          for (std::size_t j = 0; j < 128; ++j)
+            l += static_cast<double>(key[j]) *
+                 static_cast<double>(to_float(p.host_q[id * 128 + j], cuda::element::bf16));
           logit.push_back(l / std::sqrt(128.0));
           top = std::max(top, logit.back());
         }
@@ -268,7 +287,8 @@ TEST_CASE("host and GPU pick the same tokens and see the same evidence", "[cuda]
         const double goal = s.epsilon * s.epsilon * std::max(norm - variance, norm / 4);
         REQUIRE(std::abs(static_cast<double>(c.goal) / goal - 1) < 0.01);
         stats::evidence e;
-        e.denominator = 1, e.output2 = norm, e.variance = variance, e.dimension = static_cast<double>(c.dimension), e.dof = static_cast<double>(c.dof), e.rows = c.rows;
+        e.denominator = 1, e.output2 = norm, e.variance = variance, e.dimension = static_cast<double>(c.dimension),
+        e.dof = static_cast<double>(c.dof), e.rows = c.rows;
         const auto verdict = stats::judge<stats::clt>(e, {s.epsilon, s.delta, error_scale::output, 0.5});
         REQUIRE(static_cast<double>(c.epsilon_achieved) > 0.97 * verdict.epsilon_achieved);  // skew makes it larger
         REQUIRE(static_cast<double>(c.epsilon_achieved) < 1.3 * verdict.epsilon_achieved);
@@ -278,9 +298,11 @@ TEST_CASE("host and GPU pick the same tokens and see the same evidence", "[cuda]
   }
 }
 
-TEST_CASE("a step on a GPU gives the same bits again, in a graph, in every layout, and whatever else is in the batch", "[cuda]") {
+TEST_CASE("a step on a GPU gives the same bits again, in a graph, in every layout, and whatever else is in the batch",
+          "[cuda]") {
   if (!has_card()) return;
-  shape_of_problem shape{.n_batch = 3, .n_kv_heads = 2, .group = 4, .n = 5000, .regime = "gauss3", .lengths = {5000, 4111, 3000}};
+  shape_of_problem shape{
+      .n_batch = 3, .n_kv_heads = 2, .group = 4, .n = 5000, .regime = "gauss3", .lengths = {5000, 4111, 3000}};
   const auto steps = [](problem& p) {
     std::vector<float> all;
     for (std::uint32_t step = 1; step <= 4; ++step) {
@@ -372,9 +394,12 @@ TEST_CASE("appended tokens are coded as encoding after them does", "[cuda]") {
     std::vector<std::uint16_t> k, v;
     for (std::size_t b = 0; b < 2; ++b)
       for (std::size_t h = 0; h < heads; ++h) {
-        const std::size_t row = ((b * heads + h) * 3200 + static_cast<std::size_t>((b == 0 ? 3000 : 2500) + token)) * 128;
-        k.insert(k.end(), one.host_k.begin() + static_cast<std::ptrdiff_t>(row), one.host_k.begin() + static_cast<std::ptrdiff_t>(row + 128));
-        v.insert(v.end(), one.host_v.begin() + static_cast<std::ptrdiff_t>(row), one.host_v.begin() + static_cast<std::ptrdiff_t>(row + 128));
+        const std::size_t row =
+            ((b * heads + h) * 3200 + static_cast<std::size_t>((b == 0 ? 3000 : 2500) + token)) * 128;
+        k.insert(k.end(), one.host_k.begin() + static_cast<std::ptrdiff_t>(row),
+                 one.host_k.begin() + static_cast<std::ptrdiff_t>(row + 128));
+        v.insert(v.end(), one.host_v.begin() + static_cast<std::ptrdiff_t>(row),
+                 one.host_v.begin() + static_cast<std::ptrdiff_t>(row + 128));
       }
     const device_array<std::uint16_t> dk(k), dv(v);
     one.lengths.set({3001 + token, 2501 + token});
@@ -395,7 +420,8 @@ TEST_CASE("an audit counts what was served wrongly", "[cuda]") {
   const device_array<unsigned long long> counts(4);  // device_audit
   for (std::uint32_t step = 1; step <= 20; ++step) {
     p.run(step);
-    require(p.decoder->audit(p.plan, p.a, 0.5f, reinterpret_cast<cuda::device_audit*>(counts.data()), exact.data(), nullptr));
+    require(p.decoder->audit(p.plan, p.a, 0.5f, reinterpret_cast<cuda::device_audit*>(counts.data()), exact.data(),
+                             nullptr));
   }
   require(cudaDeviceSynchronize());
   auto seen_counts = counts.get();
@@ -406,7 +432,8 @@ TEST_CASE("an audit counts what was served wrongly", "[cuda]") {
   std::vector<float> wrong = p.output.get();
   for (float& x : wrong) x *= 1.5f;
   p.output.set(wrong);
-  require(p.decoder->audit(p.plan, p.a, 1.0f, reinterpret_cast<cuda::device_audit*>(counts.data()), exact.data(), nullptr));
+  require(
+      p.decoder->audit(p.plan, p.a, 1.0f, reinterpret_cast<cuda::device_audit*>(counts.data()), exact.data(), nullptr));
   require(cudaDeviceSynchronize());
   REQUIRE(counts.get()[2] >= seen_counts[2] + 32 - (counts.get()[1] - seen_counts[1]));
 }

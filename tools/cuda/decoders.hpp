@@ -25,9 +25,11 @@ struct any_decoder {
 
 /// Attention in double precision, row by row: what all kernels are compared with. `output` [heads, d] and `lse` [heads]
 /// of doubles in device memory.
-[[nodiscard]] status naive_attention(const plan_t& p, const arguments& a, double* output, double* lse, cudaStream_t) noexcept;
+[[nodiscard]] status naive_attention(const plan_t& p, const arguments& a, double* output, double* lse,
+                                     cudaStream_t) noexcept;
 
 /// Keys N(0, 1), values N(0, 1) plus one N(0, 1) vector a head: rows [heads, n, d], from a hash of the seed.
-[[nodiscard]] status fill_gaussian(element type, void* k, void* v, int heads, long long n, int d, unsigned seed, cudaStream_t) noexcept;
+[[nodiscard]] status fill_gaussian(element type, void* k, void* v, int heads, long long n, int d, unsigned seed,
+                                   cudaStream_t) noexcept;
 
 }  // namespace vattn::cuda

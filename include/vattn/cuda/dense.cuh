@@ -7,15 +7,17 @@
 namespace vattn::cuda::detail {
 
 // 16 rows of K and V in the registers of a warp, as the products want them: of lane 4g + t of keys g and g + 8 the
-// coordinates 8t … 8t + 7 of every 32, of values 2t, 2t + 1, 2t + 8 and 2t + 9 the coordinates 8g … 8g + 7 of every 64. Every
-// sector that is touched is used, so rows need not pass through shared memory.
+// coordinates 8t … 8t + 7 of every 32, of values 2t, 2t + 1, 2t + 8 and 2t + 9 the coordinates 8g … 8g + 7 of every 64.
+// Every sector that is touched is used, so rows need not pass through shared memory.
 template <int D>
 struct row_registers {
   uint4 k[D / 32][2], v[D / 64][4];
 
   __device__ static uint4 load(const unsigned short* from) {
     uint4 x;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(from));
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "l"(from));
     return x;
   }
   // `at`: where the lane's two keys begin, in elements.
@@ -53,10 +55,11 @@ __device__ inline float capped(float x, float cap) {
 }
 
 // One block's work is a piece of a sequence for one KV head, all of its query heads at once (rows of the products).
-// Warps take batches of 16 rows in turn with a softmax of their own; the last piece to arrive merges. `rest`: only heads
-// whose `open` is 2.
+// Warps take batches of 16 rows in turn with a softmax of their own; the last piece to arrive merges. `rest`: only
+// heads whose `open` is 2.
 template <class T, int D>
-__global__ __launch_bounds__(gather_warps * 32, 2) void dense_kernel(const __grid_constant__ kernel_arguments k, bool rest) {
+__global__ __launch_bounds__(gather_warps * 32, 2) void dense_kernel(const __grid_constant__ kernel_arguments k,
+                                                                     bool rest) {
   extern __shared__ __align__(128) char memory[];
   auto& s = *reinterpret_cast<dense_shared<T, D>*>(memory);
   using E = element_of<T>;
@@ -94,11 +97,13 @@ __global__ __launch_bounds__(gather_warps * 32, 2) void dense_kernel(const __gri
         place(1);
       }
       {
-        const auto* Q = static_cast<const unsigned short*>(k.a.q) + (static_cast<std::int64_t>(b) * k.n_kv + kv) * heads * D;
+        const auto* Q =
+            static_cast<const unsigned short*>(k.a.q) + (static_cast<std::int64_t>(b) * k.n_kv + kv) * heads * D;
 #pragma unroll 1
         for (int i = warp; i < 2 * (D / 32); i += gather_warps) {
           const int h = g + 8 * (i & 1);
-          s.q[i & 1][i >> 1][lane] = h < heads ? *reinterpret_cast<const uint4*>(Q + h * D + (i >> 1) * 32 + t * 8) : make_uint4(0, 0, 0, 0);
+          s.q[i & 1][i >> 1][lane] =
+              h < heads ? *reinterpret_cast<const uint4*>(Q + h * D + (i >> 1) * 32 + t * 8) : make_uint4(0, 0, 0, 0);
         }
         __syncthreads();
       }
@@ -151,8 +156,8 @@ __global__ __launch_bounds__(gather_warps * 32, 2) void dense_kernel(const __gri
               sum[u] += x;
             }
         }
-        const std::uint32_t a0 = E::pack(l[0][0], l[0][1]), a1 = E::pack(l[0][2], l[0][3]), a2 = E::pack(l[1][0], l[1][1]),
-                            a3 = E::pack(l[1][2], l[1][3]);
+        const std::uint32_t a0 = E::pack(l[0][0], l[0][1]), a1 = E::pack(l[0][2], l[0][3]),
+                            a2 = E::pack(l[1][0], l[1][1]), a3 = E::pack(l[1][2], l[1][3]);
 #pragma unroll
         for (int half = 0; half < D / 64; ++half)
 #pragma unroll
@@ -237,7 +242,8 @@ __global__ __launch_bounds__(gather_warps * 32, 2) void dense_kernel(const __gri
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
               const int p = min(p0 + i, k.pieces - 1);
-              const float* from = k.w.part + ((static_cast<std::int64_t>(group) * k.pieces + p) * heads + h) * D + lane * own;
+              const float* from =
+                  k.w.part + ((static_cast<std::int64_t>(group) * k.pieces + p) * heads + h) * D + lane * own;
 #pragma unroll
               for (int j = 0; j < own; ++j) x[i][j] = __ldcg(from + j);
             }
@@ -255,7 +261,8 @@ __global__ __launch_bounds__(gather_warps * 32, 2) void dense_kernel(const __gri
           }
           const float inverse = n > 0 ? 1 / d : 0.0f, lse = n > 0 ? (most + log2f(d)) * ln_2 : -INFINITY;
           float norm2 = 0, away2 = 0;
-          const float* centre = k.codes.heads ? k.codes.heads + static_cast<std::int64_t>(group) * (2 * D + 8) + D : nullptr;
+          const float* centre =
+              k.codes.heads ? k.codes.heads + static_cast<std::int64_t>(group) * (2 * D + 8) + D : nullptr;
 #pragma unroll
           for (int j = 0; j < own; ++j) {
             const float x = out[j] * inverse;
@@ -280,7 +287,8 @@ __global__ __launch_bounds__(gather_warps * 32, 2) void dense_kernel(const __gri
           // What sampling had guessed wrong is known now.
           head_state& state = static_cast<head_state*>(k.a.state)[id];
           const float typical = centre[D + typical_reach];
-          const float mass = __ldcg(k.w.fits + id * 4) * ln_2, s_lse = lse - __ldcg(k.w.thresholds + id * mark_size + offset);
+          const float mass = __ldcg(k.w.fits + id * 4) * ln_2,
+                      s_lse = lse - __ldcg(k.w.thresholds + id * mark_size + offset);
           const float scale = 0.5f * logf(norm2) - logf(typical), away = 0.5f * log2f(away2 + 1e-30f) - log2f(typical);
           if (isfinite(mass) && isfinite(s_lse) && isfinite(scale) && isfinite(away))
             state.denominator = s_lse - mass, state.scale = scale, state.away = away, state.known = 1;

@@ -143,8 +143,8 @@ struct head_rows {
 // Philox4x32-10, as sample/philox.hpp has it: two words that name the draws of one KV head in one step.
 __host__ __device__ inline void draw_words(std::uint64_t seed, std::uint32_t layer, std::uint32_t step,
                                            std::uint32_t sequence, std::uint32_t head, std::uint32_t (&out)[2]) {
-  std::uint32_t c[4] = {head, step, sequence, layer}, k[2] = {static_cast<std::uint32_t>(seed),
-                                                               static_cast<std::uint32_t>(seed >> 32)};
+  std::uint32_t c[4] = {head, step, sequence, layer},
+                k[2] = {static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32)};
   for (int round = 0; round < 10; ++round) {
     const std::uint64_t a = std::uint64_t{0xD2511F53u} * c[0], b = std::uint64_t{0xCD9E8D57u} * c[2];
     const std::uint32_t next[4] = {static_cast<std::uint32_t>(b >> 32) ^ c[1] ^ k[0], static_cast<std::uint32_t>(b),
@@ -170,9 +170,9 @@ struct kernel_arguments {
   std::uint64_t seed;
   std::int64_t code_stride;  // words
   int groups, n_kv, group, chunks, splits, gather_splits, segment, pieces, window, sinks, sliding_window;
-  int first_splits, first_segment;  // of the first round, in the second
+  int first_splits, first_segment;                           // of the first round, in the second
   std::int64_t group_counts, group_candidates, group_slots;  // from one group to the next
-  float scale, softcap, epsilon, rows, least;  // least: log2 of the smallest probability
+  float scale, softcap, epsilon, rows, least;                // least: log2 of the smallest probability
   bool rms, rescan;
   float delta;
   quantile_table quantiles;
@@ -191,7 +191,8 @@ __device__ inline int state_of_head(const kernel_arguments& k, int id, bool afte
   const int open = __ldcg(k.w.open + id);
   return after_second && open == 1 ? 2 * __ldcg(k.w.still_open + id) : open;
 }
-// Groups with a head in `state` (below 0: all groups), in order: who does what does not vary. All threads of a block of `Threads`.
+// Groups with a head in `state` (below 0: all groups), in order: who does what does not vary. All threads of a block of
+// `Threads`.
 struct group_list {
   int size;
   unsigned short group[listed_groups];
@@ -208,7 +209,8 @@ __device__ inline void list_groups(const kernel_arguments& k, int base, int stat
     bool wanted = false;
     if (group < k.groups && from + tid < listed_groups)
 #pragma unroll 1
-      for (int h = 0; h < k.group; ++h) wanted |= state < 0 || state_of_head(k, group * k.group + h, state == 2) == state;
+      for (int h = 0; h < k.group; ++h)
+        wanted |= state < 0 || state_of_head(k, group * k.group + h, state == 2) == state;
     const unsigned all = __ballot_sync(full, wanted);
     if (lane == 0) counts[warp] = __popc(all);
     __syncthreads();

@@ -6,13 +6,13 @@
 namespace vattn::cuda::detail {
 
 // Format. A key k becomes y = R(k − μ), R the rotation of sketch/rotation.hpp with the plan's seed and μ fixed for the
-// sequence; each coordinate becomes a level of {±1, ±3, …} by an optimal uniform quantiser of a normal variable with y's
-// own mean square. s = α⟨c, Rq⟩ with α = ‖y‖²/⟨c, y⟩ is unbiased for ⟨q, k − μ⟩ over rotations, and its error has the
-// standard deviation ‖q‖ρ/sqrt(d), ρ = ‖y − αc‖.
+// sequence; each coordinate becomes a level of {±1, ±3, …} by an optimal uniform quantiser of a normal variable with
+// y's own mean square. s = α⟨c, Rq⟩ with α = ‖y‖²/⟨c, y⟩ is unbiased for ⟨q, k − μ⟩ over rotations, and its error has
+// the standard deviation ‖q‖ρ/sqrt(d), ρ = ‖y − αc‖.
 //
 // A tile has 32 keys in two halves of 16, in the order of the fragments of mma.m16n8k32: lane 4g + t holds keys g and
-// g + 8 of a half, coordinates 4t … 4t + 3 of every 16 (one a byte). "Part" p = coordinates 16p … 16p + 15. A plane of b
-// bits has W = b·d/64 words a lane and half: words 0 … W/2 − 1 are key g's, then key g + 8's; part p is at the bits
+// g + 8 of a half, coordinates 4t … 4t + 3 of every 16 (one a byte). "Part" p = coordinates 16p … 16p + 15. A plane of
+// b bits has W = b·d/64 words a lane and half: words 0 … W/2 − 1 are key g's, then key g + 8's; part p is at the bits
 // b·(p mod 8/b) … of each byte of word p/(8/b). Lanes' words lie together, four at a time, or both halves' two. 3 bits
 // are a plane of 2 (the upper ones) and one of 1. Then 32 words of
 //   α f16 in `alpha_unit` | reach u8, log2(‖v − c‖/typical) = reach/32 − 3 | ρ u8 in `rho_unit`, rounded up
@@ -219,7 +219,8 @@ __global__ __launch_bounds__(256) void encode_kernel(const __grid_constant__ ker
   const head_rows at(k.a.cache, b, group % k.n_kv);
   const float* head = k.codes.heads + static_cast<std::int64_t>(group) * (2 * D + 8);
   for (int tile = first + static_cast<int>(blockIdx.x); tile < tiles; tile += static_cast<int>(gridDim.x)) {
-    std::uint32_t* to = k.codes.tiles + group * k.code_stride + static_cast<std::int64_t>(tile) * code_tile<Bits, D>::words;
+    std::uint32_t* to =
+        k.codes.tiles + group * k.code_stride + static_cast<std::int64_t>(tile) * code_tile<Bits, D>::words;
     for (int key = warp; key < tile_keys; key += 8)
       encode_key<T, Bits, D>(k, signs, head, to, at(tile * tile_keys + key), key, lane);
   }

@@ -10,19 +10,20 @@ namespace vattn::cuda::detail {
 inline constexpr int most_segments = 512;
 
 // What a warp has on its way: batches of 16 rows of K and V. Rows are 16 bytes longer than they are, so that the 16
-// bytes of rows 2t that the lanes of a quarter warp read lie in different banks. (Straight into registers, as dense_kernel
-// has them, random rows came slower: docs/cuda.md.)
+// bytes of rows 2t that the lanes of a quarter warp read lie in different banks. (Straight into registers, as
+// dense_kernel has them, random rows came slower: docs/cuda.md.)
 template <int D, int Stages>
 struct row_ring {
   char rows[Stages][2][16][2 * D + 16];
 };
 
-// 16 rows: keys and values to a stage of the ring. `mine` is where the row of lane's number mod 16 begins, in units of 16
-// bytes; a row is copied by D/8 lanes.
+// 16 rows: keys and values to a stage of the ring. `mine` is where the row of lane's number mod 16 begins, in units of
+// 16 bytes; a row is copied by D/8 lanes.
 template <int D>
 __device__ inline void fetch_rows(const kernel_arguments& k, std::uint32_t mine, char (*to)[16][2 * D + 16], int lane) {
   constexpr int lanes = D / 8, together = 32 / lanes;
-  const auto *K = static_cast<const uint4*>(k.a.cache.k) + lane % lanes, *V = static_cast<const uint4*>(k.a.cache.v) + lane % lanes;
+  const auto *K = static_cast<const uint4*>(k.a.cache.k) + lane % lanes,
+             *V = static_cast<const uint4*>(k.a.cache.v) + lane % lanes;
   char* into = to[0][lane / lanes] + lane % lanes * 16;
 #pragma unroll
   for (int r = 0; r < 16; r += together) {
@@ -49,8 +50,8 @@ struct gather_shared {
   group_list list;
 };
 
-// A share of one group's entries for a chunk of its heads. Rows of the products, 16: of 4 heads the weights w, u, t and z
-// of judge.cuh.
+// A share of one group's entries for a chunk of its heads. Rows of the products, 16: of 4 heads the weights w, u, t and
+// z of judge.cuh.
 template <class T, int D>
 __device__ inline void gather_share(const kernel_arguments& k, gather_shared<T, D>& s, int group, int chunk, int split,
                                     bool first_round) {
@@ -63,8 +64,10 @@ __device__ inline void gather_share(const kernel_arguments& k, gather_shared<T, 
   const int segment = first_round || again ? k.segment : k.first_segment;
   const std::uint32_t step = k.a.step ? *k.a.step : 0u;
   {  // where each scanning warp's candidates begin: four of them a thread
-    const int4 v = tid * 4 < segments ? __ldcg(reinterpret_cast<const int4*>(k.w.counts + group * k.group_counts) + tid) : make_int4(0, 0, 0, 0);
-    const int a = min(v.x, segment), b2 = a + min(v.y, segment), c2 = b2 + min(v.z, segment), d2 = c2 + min(v.w, segment);
+    const int4 v = tid * 4 < segments ? __ldcg(reinterpret_cast<const int4*>(k.w.counts + group * k.group_counts) + tid)
+                                      : make_int4(0, 0, 0, 0);
+    const int a = min(v.x, segment), b2 = a + min(v.y, segment), c2 = b2 + min(v.z, segment),
+              d2 = c2 + min(v.w, segment);
     int x = d2;
 #pragma unroll
     for (int o = 1; o < 32; o *= 2) {
@@ -104,10 +107,12 @@ __device__ inline void gather_share(const kernel_arguments& k, gather_shared<T, 
   if (tid < chunk_heads * D / 8) {
     const int h = min(tid / (D / 8), heads - 1);
     s.q[tid / (D / 8)][tid % (D / 8)] = reinterpret_cast<const uint4*>(
-        static_cast<const unsigned short*>(k.a.q) + (static_cast<std::int64_t>(group) * k.group + chunk * chunk_heads + h) * D)[tid % (D / 8)];
+        static_cast<const unsigned short*>(k.a.q) +
+        (static_cast<std::int64_t>(group) * k.group + chunk * chunk_heads + h) * D)[tid % (D / 8)];
   }
   std::uint32_t keys[2];
-  const std::uint32_t sequence = k.a.sequences ? static_cast<std::uint32_t>(k.a.sequences[b]) : static_cast<std::uint32_t>(b);
+  const std::uint32_t sequence =
+      k.a.sequences ? static_cast<std::uint32_t>(k.a.sequences[b]) : static_cast<std::uint32_t>(b);
   draw_words(k.seed, k.a.layer, step, sequence, static_cast<std::uint32_t>(group % k.n_kv), keys);
   const int n = length_of(k.a.cache, b), first = first_token(k, n);
   const int coded_end = max(first, closed_tiles(n, k.window) * tile_keys), fixed = n - coded_end;
@@ -126,10 +131,12 @@ __device__ inline void gather_share(const kernel_arguments& k, gather_shared<T, 
   const int e0 = share_of(total, split, k.gather_splits);
   const int e1 = share_of(total, split + 1, k.gather_splits);
 
-  const int head = min(g & 3, heads - 1), slot = level_slot(k.group, chunk * chunk_heads + head), id = group * k.group + chunk * chunk_heads + head;
+  const int head = min(g & 3, heads - 1), slot = level_slot(k.group, chunk * chunk_heads + head),
+            id = group * k.group + chunk * chunk_heads + head;
   const float* marks = k.w.thresholds + id * mark_size;
   const float offset2 = __ldcg(marks + offset) * log2_e, reference = s.log2_mass[chunk * chunk_heads + head] + offset2;
-  const float A = __ldcg(marks + plain), F = __ldcg(marks + floor_), lower = __ldcg(marks + slope), deviation = __ldcg(marks + sigma);
+  const float A = __ldcg(marks + plain), F = __ldcg(marks + floor_), lower = __ldcg(marks + slope),
+              deviation = __ldcg(marks + sigma);
   const float* centre_of = k.codes.heads + static_cast<std::int64_t>(group) * (2 * D + 8) + D;
   const float typical2 = centre_of[D + typical_reach] * centre_of[D + typical_reach];
 
@@ -142,7 +149,10 @@ __device__ inline void gather_share(const kernel_arguments& k, gather_shared<T, 
 #pragma unroll 1
       while (high - low > 1) {
         const int middle = (low + high) / 2;
-        if (s.prefix[middle] <= place) low = middle; else high = middle;
+        if (s.prefix[middle] <= place)
+          low = middle;
+        else
+          high = middle;
       }
       e = __ldcg(reinterpret_cast<const uint4*>(k.w.candidates) + group * k.group_candidates +
                  static_cast<std::int64_t>(low) * segment + (place - s.prefix[low]));
@@ -166,7 +176,8 @@ __device__ inline void gather_share(const kernel_arguments& k, gather_shared<T, 
       if (i >= 0) next += gather_warps * 32;
       asked = next + lane;
       ahead = entry(asked);
-      const bool keep = i >= 0 && i < e1 && ((e.y & certain_flag) != 0 || log2_uniform(draw(e.x, keys[0], keys[1])) < log2_probability(e));
+      const bool keep = i >= 0 && i < e1 &&
+                        ((e.y & certain_flag) != 0 || log2_uniform(draw(e.x, keys[0], keys[1])) < log2_probability(e));
       const unsigned all = __ballot_sync(full, keep);
       if (keep) fifo[(oldest + waiting + __popc(all & ((1u << lane) - 1))) & 63] = e;
       waiting += __popc(all);
@@ -193,8 +204,10 @@ __device__ inline void gather_share(const kernel_arguments& k, gather_shared<T, 
       }
     }
     if (pending == 0) break;
-    if (pending == 2) wait_copies<1>();
-    else wait_copies<0>();
+    if (pending == 2)
+      wait_copies<1>();
+    else
+      wait_copies<0>();
     __syncwarp();
     const int here = pending == 2 ? stage : stage ^ 1;
     --pending;
@@ -216,11 +229,14 @@ __device__ inline void gather_share(const kernel_arguments& k, gather_shared<T, 
       for (int r = 0; r < 4; ++r) {
 #pragma unroll
         for (int half = 0; half < D / 64; ++half) {
-          const uint4 v = *reinterpret_cast<const uint4*>(rows[1][2 * t + (r & 1) + (r >> 1) * 8] + g * 16 + half * 128);
+          const uint4 v =
+              *reinterpret_cast<const uint4*>(rows[1][2 * t + (r & 1) + (r >> 1) * 8] + g * 16 + half * 128);
 #pragma unroll
-          for (int j = 0; j < 4; ++j) v2[r] += E::low(word(v, j)) * E::low(word(v, j)), v2[r] += E::high(word(v, j)) * E::high(word(v, j));
+          for (int j = 0; j < 4; ++j)
+            v2[r] += E::low(word(v, j)) * E::low(word(v, j)), v2[r] += E::high(word(v, j)) * E::high(word(v, j));
         }
-        v2[r] += __shfl_xor_sync(full, v2[r], 4), v2[r] += __shfl_xor_sync(full, v2[r], 8), v2[r] += __shfl_xor_sync(full, v2[r], 16);
+        v2[r] += __shfl_xor_sync(full, v2[r], 4), v2[r] += __shfl_xor_sync(full, v2[r], 8),
+            v2[r] += __shfl_xor_sync(full, v2[r], 16);
       }
     }
     std::uint32_t up[4], down[4];
@@ -232,7 +248,8 @@ __device__ inline void gather_share(const kernel_arguments& k, gather_shared<T, 
       const float lp = log2_probability(e), missed = 1 - exp2_of(lp);
       const float w = valid ? exp2_of(fminf(l2 - reference - lp, 100.0f)) : 0.0f;
       // What the score said at most: its level over the threshold.
-      const float rho = static_cast<float>(e.y & 255u), reach = fmaf(static_cast<float>(e.y >> 16 & 255u), reach_unit, reach_least);
+      const float rho = static_cast<float>(e.y & 255u),
+                  reach = fmaf(static_cast<float>(e.y >> 16 & 255u), reach_unit, reach_least);
       const float r2 = typical2 * exp2_of(2 * reach);
       const float level = half_of(slot & 2 ? e.w : e.z, slot & 1);
       const float most = level + fminf(A, fmaf(rho, lower, F)) - reach + 4 * deviation * rho + 0.1f;
@@ -309,7 +326,8 @@ __device__ inline void gather_share(const kernel_arguments& k, gather_shared<T, 
 
 // First round: a block for each share. Second: blocks take shares of groups with an open head in turn.
 template <class T, int D>
-__global__ __launch_bounds__(gather_warps * 32, 2) void gather_kernel(const __grid_constant__ kernel_arguments k, bool first_round) {
+__global__ __launch_bounds__(gather_warps * 32, 2) void gather_kernel(const __grid_constant__ kernel_arguments k,
+                                                                      bool first_round) {
   extern __shared__ __align__(128) char memory[];
   auto& s = *reinterpret_cast<gather_shared<T, D>*>(memory);
   after_last_kernel();

@@ -1,5 +1,5 @@
-// From the sums of a sample to a verdict, on the device: evidence and judgement are those of stats/, the quantiles those
-// of the plan's table.
+// From the sums of a sample to a verdict, on the device: evidence and judgement are those of stats/, the quantiles
+// those of the plan's table.
 #pragma once
 
 #include "vattn/cuda/scan.cuh"
@@ -18,7 +18,8 @@ struct tabulated_clt {
   }
   __device__ static double squared_quantile(const stats::error_shape& e, double) {
     if (!(e.dof >= 1.99)) return stats::infinity;
-    const double q = static_cast<double>((*table())(static_cast<float>(e.dimension), static_cast<float>(fmin(e.dof, 1e9))));
+    const double q =
+        static_cast<double>((*table())(static_cast<float>(e.dimension), static_cast<float>(fmin(e.dof, 1e9))));
     return !e.scalar && e.dimension <= 1 ? stats::larger(q, stats::least_vector_quantile) : q;
   }
 };
@@ -26,7 +27,19 @@ struct tabulated_clt {
 // Sums over a slot's rows besides the vectors N = Σ w v, U = Σ u v, T = Σ t v and Z = Σ z v, with w = x/π relative to
 // the reference, t = (1 − π)w², z = ±sqrt(1 − π)w, u = t r² (1 − π) w and r = ‖v − c‖ as its code
 // has it.
-enum slot_fields : int { sum_w, sum_u, sum_t, sum_z, sum_tt, sum_ttr2, sum_ttr4, sum_tr2, sum_wv2, rows_over, rows_read };
+enum slot_fields : int {
+  sum_w,
+  sum_u,
+  sum_t,
+  sum_z,
+  sum_tt,
+  sum_ttr2,
+  sum_ttr4,
+  sum_tr2,
+  sum_wv2,
+  rows_over,
+  rows_read
+};
 
 // Sums of N values over the warp: lane L gets that of value L mod N. At a step lanes that differ in bit `Of` keep the
 // values whose number does.
@@ -59,7 +72,8 @@ struct group_context {
 
 // Of the last block of a group to arrive, for each chunk of its heads: a warp a head.
 template <class T, int D>
-__device__ inline void judge_chunk(const kernel_arguments& k, judge_shared& s, int group, int chunk, const group_context& x) {
+__device__ inline void judge_chunk(const kernel_arguments& k, judge_shared& s, int group, int chunk,
+                                   const group_context& x) {
   constexpr int tiles = D / 8, parts = D / 64, own = 2 * parts;  // a lane's coordinates
   const int lane = static_cast<int>(threadIdx.x) & 31, h = static_cast<int>(threadIdx.x) >> 5, t = lane & 3;
   const int id = group * k.group + chunk * chunk_heads + h;
@@ -67,7 +81,8 @@ __device__ inline void judge_chunk(const kernel_arguments& k, judge_shared& s, i
   if (chunk * chunk_heads + h >= k.group || (!x.first_round && __ldcg(k.w.open + id) != 1)) return;
   const std::int64_t section = (static_cast<std::int64_t>(group) * k.chunks + chunk) * k.group_slots;
   const int slots = k.gather_splits * slots_of_block(k.gather_splits);  // a multiple of 8
-  const float4* from4 = reinterpret_cast<const float4*>(k.w.slots) + section * (tiles * 32) + (lane >> 2) * 32 + h * 4 + t;
+  const float4* from4 =
+      reinterpret_cast<const float4*>(k.w.slots) + section * (tiles * 32) + (lane >> 2) * 32 + h * 4 + t;
   float nv[own] = {}, tv[own] = {}, uv[own] = {}, z[z_groups][own] = {};
 #pragma unroll 1
   for (int first = 0; first < slots; first += 8) {
@@ -106,11 +121,13 @@ __device__ inline void judge_chunk(const kernel_arguments& k, judge_shared& s, i
     __syncwarp();
   }
   const float* sc = s.scalars[h] + z_groups;
-  const float log2_mass = x.masses[chunk * chunk_heads + h], shift = x.shifts[level_slot(k.group, chunk * chunk_heads + h)];
+  const float log2_mass = x.masses[chunk * chunk_heads + h],
+              shift = x.shifts[level_slot(k.group, chunk * chunk_heads + h)];
   const float offset2 = __ldcg(k.w.thresholds + id * mark_size + offset) * log2_e;
   float denominator = sc[sum_w];
   if (k.a.sink_logits)
-    denominator += exp2_of(k.a.sink_logits[(group % k.n_kv) * k.group + chunk * chunk_heads + h] * log2_e - log2_mass - offset2);
+    denominator +=
+        exp2_of(k.a.sink_logits[(group % k.n_kv) * k.group + chunk * chunk_heads + h] * log2_e - log2_mass - offset2);
   const float inverse = __fdividef(1.0f, denominator);
   const float* centre = k.codes.heads + static_cast<std::int64_t>(group) * (2 * D + 8) + D;
   float out[own], v[32] = {}, v2[8] = {};
@@ -140,8 +157,8 @@ __device__ inline void judge_chunk(const kernel_arguments& k, judge_shared& s, i
     while (b >= a) b -= a, ++a;
     const float la = __shfl_sync(full, length2, a), lb = __shfl_sync(full, length2, b);
     const float aligned = sum_warp(lane < 28 ? mine * mine : 0.0f), product = sum_warp(lane < 28 ? la * lb : 0.0f);
-    const float away2 = __shfl_sync(full, mine, 28), cross = __shfl_sync(full, mine, 29), output2 = __shfl_sync(full, mine, 30),
-                third = sqrt_of(__shfl_sync(full, mine, 31));
+    const float away2 = __shfl_sync(full, mine, 28), cross = __shfl_sync(full, mine, 29),
+                output2 = __shfl_sync(full, mine, 30), third = sqrt_of(__shfl_sync(full, mine, 31));
     if (lane == 0) {
       const float* marks = k.w.thresholds + id * mark_size;
       const float A = __ldcg(marks + plain), F = __ldcg(marks + floor_);
@@ -155,8 +172,12 @@ __device__ inline void judge_chunk(const kernel_arguments& k, judge_shared& s, i
       e.away2 = static_cast<double>(away2);
       e.power = static_cast<double>(sc[sum_wv2] * inverse);  // 0 where nobody asks
       e.variance = static_cast<double>(spread * inverse * inverse);
-      e.dimension = aligned > 0 ? static_cast<double>(fminf(fmaxf(__fdividef(product, 1.1f * aligned), 1.0f), static_cast<float>(D))) : 1.0;
-      e.dof = fourth > 0 ? static_cast<double>(fmaxf(2.0f, 2 * __fdividef(spread, fourth) * spread)) : 1e9;  // 2 at least: Σt² <= (Σt)²
+      e.dimension =
+          aligned > 0
+              ? static_cast<double>(fminf(fmaxf(__fdividef(product, 1.1f * aligned), 1.0f), static_cast<float>(D)))
+              : 1.0;
+      e.dof = fourth > 0 ? static_cast<double>(fmaxf(2.0f, 2 * __fdividef(spread, fourth) * spread))
+                         : 1e9;  // 2 at least: Σt² <= (Σt)²
       e.skew = spread > 0 ? static_cast<double>(__fdividef(third, spread) * inverse) : 0.0;
       e.denominator_variance = static_cast<double>(sc[sum_t] * inverse * inverse);
       e.denominator_dof = sc[sum_tt] > 0 ? static_cast<double>(2 * __fdividef(sc[sum_t], sc[sum_tt]) * sc[sum_t]) : 1e9;
@@ -168,8 +189,8 @@ __device__ inline void judge_chunk(const kernel_arguments& k, judge_shared& s, i
       const float used = F + shift;
       const float want = log2_of(static_cast<float>(stats::missable(e, p))) + log2_mass - log2_of(typical);
       const float missing = used - want;
-      const bool sane = isfinite(goal) && isfinite(want) && isfinite(missing) && isfinite(ratio) && isfinite(log2_mass) &&
-                        !x.overflow && denominator < 1e30f;
+      const bool sane = isfinite(goal) && isfinite(want) && isfinite(missing) && isfinite(ratio) &&
+                        isfinite(log2_mass) && !x.overflow && denominator < 1e30f;
       const int over = static_cast<int>(sc[rows_over]);
       const bool trusted = over <= static_cast<int>(stats::breaches_of_errors(e.rows));
       // A floor a third of a nat too high is what κ = ½ leaves room for.
@@ -179,7 +200,8 @@ __device__ inline void judge_chunk(const kernel_arguments& k, judge_shared& s, i
       if (verified && k.a.lse) k.a.lse[id] = lse;
       if (k.a.certificates) {
         device_certificate c{};
-        c.epsilon_achieved = static_cast<float>(verdict.epsilon_achieved), c.variance = static_cast<float>(e.variance), c.goal = goal;
+        c.epsilon_achieved = static_cast<float>(verdict.epsilon_achieved), c.variance = static_cast<float>(e.variance),
+        c.goal = goal;
         c.dimension = static_cast<float>(e.dimension), c.dof = static_cast<float>(e.dof);
         c.log_denominator = lse, c.rows = static_cast<int>(sc[rows_read]) + x.fixed, c.candidates = x.candidates;
         c.n = x.n, c.breaches = over, c.rounds = x.first_round ? 1 : 2;
@@ -192,11 +214,12 @@ __device__ inline void judge_chunk(const kernel_arguments& k, judge_shared& s, i
         fit[0] = log2_mass, fit[3] = 0;
         k.w.thresholds[id * mark_size + used_shift] = shift;
         // What the variance or a floor lacks; with more than the candidates, another scan finds it.
-        float next = shift - fminf(fmaxf(0.3f, log2_of(ratio * 1.8f)), 5.0f);
-        if (!covered) next = fminf(next, shift - missing - 0.2f);
-        // Not where that would be a large share of the rows.
-        const float rows_then = sc[rows_read] * exp2_of(shift - next);
-        if (!verified && sane && trusted && rows_then < 0.2f * static_cast<float>(x.n)) {
+        // A variance of few terms falls by more than the probabilities rise. At most a quarter of the rows.
+        float more = fminf(fmaxf(0.3f, log2_of(ratio * 1.8f)), e.dof < 20 ? 1.6f : 5.0f);
+        if (!covered) more = fmaxf(more, missing + 0.2f);
+        more = fminf(more, log2_of(0.25f * static_cast<float>(x.n)) - log2_of(fmaxf(1.0f, sc[rows_read])));
+        const float next = shift - more;
+        if (!verified && sane && trusted && more > 0.2f) {
           if (next >= -0.2f || k.rescan) open = 1;
           // Also where another head of the group is why it is scanned again.
           k.w.thresholds[id * mark_size + next_shift] = fmaxf(next, 0.0f);
@@ -212,15 +235,18 @@ __device__ inline void judge_chunk(const kernel_arguments& k, judge_shared& s, i
           // Few effective terms make V̂ vary from draw to draw and from query to query: another round costs more.
           const float vague = __fdividef(2.0f, fmaxf(static_cast<float>(e.dof), 1.0f));
           const float aim = __fdividef(0.93f, 1 + sqrt_of(vague) + 30 * vague);
-          const float picks = (log2_mass - A - shift) * ln_2 - ln_2 * log2_of(k.rows);  // asked for by this head, over the default
-          const float change = 0.6f * (picks + ln_2 * log2_of(fmaxf(ratio, 1e-4f) * __fdividef(1.0f, aim)) - state.rows);
+          const float picks =
+              (log2_mass - A - shift) * ln_2 - ln_2 * log2_of(k.rows);  // asked for by this head, over the default
+          const float change =
+              0.6f * (picks + ln_2 * log2_of(fmaxf(ratio, 1e-4f) * __fdividef(1.0f, aim)) - state.rows);
           state.rows = fminf(fmaxf(state.rows + fminf(fmaxf(change, -0.7f), 0.7f), -2.5f), 4.0f);
         }
       }
       // What blocks of this kernel look at does not change while they run.
       if (x.first_round) {
         k.w.open[id] = open, k.w.still_open[id] = 1;
-        if (open != 0) atomicAdd(k.w.counters + 2 * k.groups, 1);  // most often there is none, and the rest returns at once
+        if (open != 0)
+          atomicAdd(k.w.counters + 2 * k.groups, 1);  // most often there is none, and the rest returns at once
       } else
         k.w.still_open[id] = !verified;
     }

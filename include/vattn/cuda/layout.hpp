@@ -50,10 +50,9 @@ namespace detail {
 /// FlashInfer: K and V each [n_pages, page_size, n_kv_heads, d] (nhd) or [n_pages, n_kv_heads, page_size, d] (hnd); one
 /// buffer [n_pages, 2, …] with `per_page` = 2, v pointing at its second half. page_size is a power of two.
 [[nodiscard]] constexpr cache_view flashinfer_cache(const void* k, const void* v, bool nhd, std::int64_t page_size,
-                                                    std::int64_t n_kv_heads, std::int64_t d,
-                                                    const std::int32_t* indptr, const std::int32_t* indices,
-                                                    const std::int32_t* last_page_len, std::int32_t max_tokens,
-                                                    std::int64_t per_page = 1) noexcept {
+                                                    std::int64_t n_kv_heads, std::int64_t d, const std::int32_t* indptr,
+                                                    const std::int32_t* indices, const std::int32_t* last_page_len,
+                                                    std::int32_t max_tokens, std::int64_t per_page = 1) noexcept {
   cache_view c;
   c.k = k, c.v = v;
   c.page_stride = per_page * page_size * n_kv_heads * d;

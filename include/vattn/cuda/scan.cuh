@@ -1,13 +1,13 @@
-// The scan: every code is read, every token that a head may need is picked, and the sum that fits the thresholds to this
-// query is taken.
+// The scan: every code is read, every token that a head may need is picked, and the sum that fits the thresholds to
+// this query is taken.
 #pragma once
 
 #include "vattn/cuda/encode.cuh"
 
 namespace vattn::cuda::detail {
 
-// In units of log2, for token i and head h of the group, with s the score of k − μ, r = max(‖v − c‖, K) over the typical
-// distance and σ = ‖q‖ρ/sqrt(d):
+// In units of log2, for token i and head h of the group, with s the score of k − μ, r = max(‖v − c‖, K) over the
+// typical distance and σ = ‖q‖ρ/sqrt(d):
 //   level_h = max(s + log r − A_h, s + log r + zσ − F_h)
 //   candidate ⟺ certain, or log u < max(max over h of level_h, log p₀)
 // A_h asks for picks in proportion to what a token weighs, F_h that none weighs more than κεT unseen, p₀ that all are
@@ -86,21 +86,24 @@ struct code_fragments {
   }
 };
 
-// A block scans a share of one KV head's tiles, a warp two tiles at a time. Sets = 0: up to 4 heads, both halves of a tile
-// in the columns of one product; else Sets·8 heads. Lane 4g + t decides about key g + 8·(t mod 2) of half t/2 of each tile.
+// A block scans a share of one KV head's tiles, a warp two tiles at a time. Sets = 0: up to 4 heads, both halves of a
+// tile in the columns of one product; else Sets·8 heads. Lane 4g + t decides about key g + 8·(t mod 2) of half t/2 of
+// each tile.
 template <int Bits, int D, int Sets>
-__device__ inline void scan_share(const kernel_arguments& k, const rotation_signs& signs, scan_shared<Bits, D>& s, int group,
-                                  int split, bool first_round, bool half_query) {
+__device__ inline void scan_share(const kernel_arguments& k, const rotation_signs& signs, scan_shared<Bits, D>& s,
+                                  int group, int split, bool first_round, bool half_query) {
   using tile_t = code_tile<Bits, D>;
   using shared = scan_shared<Bits, D>;
   constexpr int own = D / 32;
-  const int lane = static_cast<int>(threadIdx.x) & 31, warp = static_cast<int>(threadIdx.x) >> 5, g = lane >> 2, t = lane & 3;
+  const int lane = static_cast<int>(threadIdx.x) & 31, warp = static_cast<int>(threadIdx.x) >> 5, g = lane >> 2,
+            t = lane & 3;
   const int b = group / k.n_kv, heads = k.group;
   // All that the prologue needs is asked for at once.
   const float* head = k.codes.heads + static_cast<std::int64_t>(group) * (2 * D + 8);
   const int n = length_of(k.a.cache, b);
   const std::uint32_t step = k.a.step ? *k.a.step : 0u;
-  const std::uint32_t sequence = k.a.sequences ? static_cast<std::uint32_t>(k.a.sequences[b]) : static_cast<std::uint32_t>(b);
+  const std::uint32_t sequence =
+      k.a.sequences ? static_cast<std::uint32_t>(k.a.sequences[b]) : static_cast<std::uint32_t>(b);
   struct {
     float x[own], mean[own];
     head_state old;
@@ -117,9 +120,11 @@ __device__ inline void scan_share(const kernel_arguments& k, const rotation_sign
   };
   load(warp);
   const head_state other_head = static_cast<const head_state*>(k.a.state)[group * heads + min(lane, heads - 1)];
-  const float alpha_of = head[2 * D + alpha_unit], rho_of = head[2 * D + rho_unit], variance = head[2 * D + key_variance];
+  const float alpha_of = head[2 * D + alpha_unit], rho_of = head[2 * D + rho_unit],
+              variance = head[2 * D + key_variance];
 
-  const int first = first_token(k, n), tiles = closed_tiles(n, k.window), sink_end = first + k.sinks, coded_end = tiles * tile_keys;
+  const int first = first_token(k, n), tiles = closed_tiles(n, k.window), sink_end = first + k.sinks,
+            coded_end = tiles * tile_keys;
   const int pair0 = first / 64, pairs = max(0, (tiles + 1) / 2 - pair0);
   const int from = pair0 + share_of(pairs, split, k.splits);
   const int to = pair0 + share_of(pairs, split + 1, k.splits);
@@ -144,7 +149,7 @@ __device__ inline void scan_share(const kernel_arguments& k, const rotation_sign
   for (int h = warp; h < heads; h += scan_warps) {  // a warp prepares a head's query and thresholds
     if (h != warp) load(h);
     const int id = group * heads + h;
-    float (&x)[own] = of.x;
+    float(&x)[own] = of.x;
     const head_state& old = of.old;
     float along = 0, norm2 = 0, top = 0;
 #pragma unroll
@@ -183,7 +188,8 @@ __device__ inline void scan_share(const kernel_arguments& k, const rotation_sign
       if (first_round) {
         const float mass = expected + old.mass * log2_e, less = old.known ? reserve : first_reserve;
         A = mass - log2_of(k.rows) - old.rows * log2_e - less;
-        F = mass + log2_of(floor_kappa * k.epsilon) - less - floor_reserve + (old.known ? (old.denominator + old.scale) * log2_e : -1.0f);
+        F = mass + log2_of(floor_kappa * k.epsilon) - less - floor_reserve +
+            (old.known ? (old.denominator + old.scale) * log2_e : -1.0f);
       } else {
         const bool wanted = __ldcg(k.w.open + id) == 1;
         A = wanted ? __ldcg(k.w.fits + id * 4 + 1) : 1e30f, F = wanted ? __ldcg(k.w.fits + id * 4 + 2) : 1e30f;
@@ -204,7 +210,8 @@ __device__ inline void scan_share(const kernel_arguments& k, const rotation_sign
 #pragma unroll
   for (int o = 8; o; o /= 2) lowest = fmaxf(lowest, __shfl_xor_sync(full, lowest, o));
   lowest = fmaxf(lowest, reach_least);
-  if (split == 0 && static_cast<int>(threadIdx.x) < heads) k.w.thresholds[(group * heads + static_cast<int>(threadIdx.x)) * mark_size + least_reach] = lowest;
+  if (split == 0 && static_cast<int>(threadIdx.x) < heads)
+    k.w.thresholds[(group * heads + static_cast<int>(threadIdx.x)) * mark_size + least_reach] = lowest;
   __syncthreads();
 
   constexpr int columns = Sets == 0 ? 1 : Sets, halves = Sets == 0 ? 1 : 2;
@@ -229,7 +236,8 @@ __device__ inline void scan_share(const kernel_arguments& k, const rotation_sign
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int h = (Sets == 0 ? (t & 1) * 2 : c * 8 + t * 2) + i;
-      k1[c][i] = s.k1[h], k0[c][i] = s.k0[h], A[c][i] = s.plain_of[h], F[c][i] = s.floor_of[h], slopes[c][i] = s.slope_of[h];
+      k1[c][i] = s.k1[h], k0[c][i] = s.k0[h], A[c][i] = s.plain_of[h], F[c][i] = s.floor_of[h],
+      slopes[c][i] = s.slope_of[h];
     }
   }
   const int segment = split * scan_warps + warp;
@@ -258,7 +266,8 @@ __device__ inline void scan_share(const kernel_arguments& k, const rotation_sign
 #pragma unroll
           for (int o = 0; o < columns; ++o)
 #pragma unroll
-            for (int e = 0; e < 4; ++e) acc[half][o][e] = 0x4b400000;  // sums are floats as they are, 1.5·2^23 too large
+            for (int e = 0; e < 4; ++e)
+              acc[half][o][e] = 0x4b400000;  // sums are floats as they are, 1.5·2^23 too large
         }
 #pragma unroll
         for (int ks = 0; ks < D / 32; ++ks) {
@@ -281,7 +290,9 @@ __device__ inline void scan_share(const kernel_arguments& k, const rotation_sign
           const std::uint32_t w = e ? both.y : both.x;
           const float alpha = __half2float(__ushort_as_half(static_cast<unsigned short>(w & 0xffff)));
           const float rho = __uint_as_float(__byte_perm(w, 0x4b000000, 0x7443)) - 8388608.0f;
-          float reach = fmaxf(fmaf(__uint_as_float(__byte_perm(w, 0x4b000000, 0x7442)), reach_unit, reach_least - 8388608.0f * reach_unit), lowest);
+          float reach = fmaxf(fmaf(__uint_as_float(__byte_perm(w, 0x4b000000, 0x7442)), reach_unit,
+                                   reach_least - 8388608.0f * reach_unit),
+                              lowest);
           if (edge) {
             const int token = base + c * 32 + half * 16 + e * 8 + g;
             if (token < sink_end || token >= coded_end) reach = -1e30f;
@@ -313,7 +324,8 @@ __device__ inline void scan_share(const kernel_arguments& k, const rotation_sign
         std::uint32_t of[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          const std::uint32_t low = __shfl_sync(full, packed[0][0], g * 4 + j), high = __shfl_sync(full, packed[halves - 1][0], g * 4 + j);
+          const std::uint32_t low = __shfl_sync(full, packed[0][0], g * 4 + j),
+                              high = __shfl_sync(full, packed[halves - 1][0], g * 4 + j);
           of[j] = own_half ? high : low;
         }
         const unsigned how = own_up ? 0x7632 : 0x5410;
@@ -336,7 +348,8 @@ __device__ inline void scan_share(const kernel_arguments& k, const rotation_sign
       if (all) {
         const int at = count + __popc(all & ((1u << lane) - 1));
         if (pick && at < k.segment)
-          *reinterpret_cast<uint4*>(found + at) = make_uint4(token, meta[c] >> 24 | (meta[c] & 0xff0000u) | (certain ? certain_flag : 0u), levels[c][0], levels[c][1]);
+          *reinterpret_cast<uint4*>(found + at) = make_uint4(
+              token, meta[c] >> 24 | (meta[c] & 0xff0000u) | (certain ? certain_flag : 0u), levels[c][0], levels[c][1]);
         count += __popc(all);
       }
     }
@@ -361,12 +374,12 @@ __device__ inline void scan_share(const kernel_arguments& k, const rotation_sign
   }
 }
 
-// First round: a block for each share. Second: blocks take shares in turn, of groups with a head for which the candidates
-// did not suffice.
+// First round: a block for each share. Second: blocks take shares in turn, of groups with a head for which the
+// candidates did not suffice.
 template <int Bits, int D, int Sets>
 __global__ __launch_bounds__(scan_warps * 32, 1) void scan_kernel(const __grid_constant__ kernel_arguments k,
-                                                                  const __grid_constant__ rotation_signs signs, bool first_round,
-                                                                  bool half_query) {
+                                                                  const __grid_constant__ rotation_signs signs,
+                                                                  bool first_round, bool half_query) {
   extern __shared__ __align__(128) char memory[];
   auto& s = *reinterpret_cast<scan_shared<Bits, D>*>(memory);
   after_last_kernel();

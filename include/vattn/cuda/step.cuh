@@ -42,9 +42,11 @@ class decoder {
   }
 
   /// Codes of the tiles that the last `fresh` tokens of each sequence closed: where another kernel writes the cache.
-  [[nodiscard]] static status encode_fresh(const plan_t& p, const arguments& a, int fresh, cudaStream_t stream) noexcept {
+  [[nodiscard]] static status encode_fresh(const plan_t& p, const arguments& a, int fresh,
+                                           cudaStream_t stream) noexcept {
     if (status s = check(p, a); !s || !p.sparse) return s;
-    if (fresh < 1) return status::error(errc::invalid_argument, "fresh is %d: give how many tokens were appended", fresh);
+    if (fresh < 1)
+      return status::error(errc::invalid_argument, "fresh is %d: give how many tokens were appended", fresh);
     const dim3 grid(count(fresh / detail::tile_keys + 1), count(p.groups()));
     return launch(detail::encode_kernel<T, Bits, D>, grid, 256, 0, stream, pack(p, a), signs(p), fresh);
   }
@@ -54,8 +56,8 @@ class decoder {
   [[nodiscard]] static status append(const plan_t& p, const arguments& a, const void* keys, const void* values,
                                      cudaStream_t stream) noexcept {
     if (status s = check(p, a); !s) return s;
-    return launch(detail::append_kernel<T, Bits, D>, dim3(count(p.groups())), 256, 0, stream, pack(p, a), signs(p), keys,
-                  values, p.sparse);
+    return launch(detail::append_kernel<T, Bits, D>, dim3(count(p.groups())), 256, 0, stream, pack(p, a), signs(p),
+                  keys, values, p.sparse);
   }
 
   /// One query a head over all tokens of its sequence.
@@ -65,7 +67,8 @@ class decoder {
 
   /// The first `stages` of a step: scan, gather and judge, scan again, gather again, dense. For benchmarks: outputs are
   /// complete after all five alone.
-  [[nodiscard]] static status run_stages(const plan_t& p, const arguments& a, cudaStream_t stream, int stages) noexcept {
+  [[nodiscard]] static status run_stages(const plan_t& p, const arguments& a, cudaStream_t stream,
+                                         int stages) noexcept {
     if (status s = check(p, a); !s) return s;
     auto k = pack(p, a);
     if (!p.sparse) return dense(p, k, false, stream);
@@ -84,12 +87,13 @@ class decoder {
 
   /// Compares what was served with exact attention on a `share` of the heads, drawn by the step's key, and counts in
   /// `audit`: see audit.cuh. After `run`, with the same arguments; `exact` [n_batch, n_q_heads, D] floats of scratch.
-  [[nodiscard]] static status audit(const plan_t& p, const arguments& a, float share, device_audit* counts, float* exact,
-                                    cudaStream_t stream) noexcept {
+  [[nodiscard]] static status audit(const plan_t& p, const arguments& a, float share, device_audit* counts,
+                                    float* exact, cudaStream_t stream) noexcept {
     if (status s = check(p, a); !s) return s;
     if (!p.sparse) return {};
     if (a.certificates == nullptr || counts == nullptr || exact == nullptr)
-      return status::error(errc::invalid_argument, "an audit needs certificates, counts and room for the exact outputs");
+      return status::error(errc::invalid_argument,
+                           "an audit needs certificates, counts and room for the exact outputs");
     auto k = pack(p, a);
     const dim3 grid(count((p.heads() + 255) / 256));
     if (status s = launch(detail::choose_audited_kernel<T>, grid, 256, 0, stream, k, p.heads(), share); !s) return s;
@@ -106,13 +110,13 @@ class decoder {
 
   [[nodiscard]] static status check(const plan_t& p, const arguments& a) noexcept {
     if (p.shape.d != D || (p.sparse && p.settings.bits != Bits) || p.shape.type != detail::element_of<T>::value)
-      return status::error(errc::invalid_argument, "the plan is for d %d, %d bits, %s: take the decoder of that", p.shape.d,
-                           p.settings.bits, p.shape.type == element::bf16 ? "bf16" : "f16");
+      return status::error(errc::invalid_argument, "the plan is for d %d, %d bits, %s: take the decoder of that",
+                           p.shape.d, p.settings.bits, p.shape.type == element::bf16 ? "bf16" : "f16");
     if (a.cache.k == nullptr || a.cache.v == nullptr || a.q == nullptr || a.output == nullptr || a.workspace == nullptr)
       return status::error(errc::invalid_argument, "k, v, q, output and workspace must not be null");
     if (p.sparse && (a.codes == nullptr || a.state == nullptr))
-      return status::error(errc::invalid_argument, "the plan samples: give codes of %zu and state of %zu bytes", code_bytes(p),
-                           state_bytes(p));
+      return status::error(errc::invalid_argument, "the plan samples: give codes of %zu and state of %zu bytes",
+                           code_bytes(p), state_bytes(p));
     if (a.cache.max_tokens > p.shape.max_tokens)
       return status::error(errc::invalid_argument, "a sequence may have %d tokens, the plan at most %d: plan again",
                            a.cache.max_tokens, p.shape.max_tokens);
@@ -129,12 +133,14 @@ class decoder {
     k.n_kv = p.shape.n_kv_heads, k.group = p.group(), k.chunks = p.chunks, k.splits = p.splits;
     k.groups = p.groups(), k.gather_splits = p.gather_splits, k.segment = p.segment, k.pieces = p.pieces;
     k.first_splits = p.splits, k.first_segment = p.segment;
-    k.group_counts = std::max(p.splits, p.second_splits) * detail::scan_warps, k.group_candidates = p.group_candidates();
+    k.group_counts = std::max(p.splits, p.second_splits) * detail::scan_warps,
+    k.group_candidates = p.group_candidates();
     k.group_slots = p.most_slots();
     k.window = p.settings.window, k.sinks = p.settings.sinks, k.sliding_window = p.settings.sliding_window;
     k.scale = p.settings.scale, k.softcap = p.settings.softcap;
     k.epsilon = static_cast<float>(p.settings.epsilon), k.delta = static_cast<float>(p.settings.delta);
-    k.rows = p.rows(), k.least = std::log2(std::min(1.0f, p.looked_at() / static_cast<float>(std::max(1, p.shape.max_tokens))));
+    k.rows = p.rows(),
+    k.least = std::log2(std::min(1.0f, p.looked_at() / static_cast<float>(std::max(1, p.shape.max_tokens))));
     k.rms = p.settings.scale_of_error == error_scale::rms, k.rescan = p.rescan;
     k.quantiles = p.quantiles;
     return k;
@@ -149,36 +155,43 @@ class decoder {
     return r;
   }
 
-  [[nodiscard]] static status scan(const plan_t& p, const detail::kernel_arguments& k, bool first, cudaStream_t stream) noexcept {
+  [[nodiscard]] static status scan(const plan_t& p, const detail::kernel_arguments& k, bool first,
+                                   cudaStream_t stream) noexcept {
     // The second round's blocks look for what is open.
     const dim3 grid(count(first ? p.splits * p.groups() : p.processors));
     const std::size_t bytes = sizeof(detail::scan_shared<Bits, D>);
     const auto go = [&](auto kernel) {
-      return launch(kernel, grid, detail::scan_warps * 32, bytes, stream, k, signs(p), first, p.shape.type == element::f16);
+      return launch(kernel, grid, detail::scan_warps * 32, bytes, stream, k, signs(p), first,
+                    p.shape.type == element::f16);
     };
     if (p.group() <= 4) return go(detail::scan_kernel<Bits, D, 0>);
     if (p.group() <= 8) return go(detail::scan_kernel<Bits, D, 1>);
     return go(detail::scan_kernel<Bits, D, 2>);
   }
-  [[nodiscard]] static status gather(const plan_t& p, const detail::kernel_arguments& k, bool first, cudaStream_t stream) noexcept {
+  [[nodiscard]] static status gather(const plan_t& p, const detail::kernel_arguments& k, bool first,
+                                     cudaStream_t stream) noexcept {
     const dim3 grid(count(first ? p.gather_splits * p.groups() * p.chunks : 2 * p.processors));
-    return launch(detail::gather_kernel<T, D>, grid, detail::gather_warps * 32, sizeof(detail::gather_shared<T, D>), stream, k, first);
+    return launch(detail::gather_kernel<T, D>, grid, detail::gather_warps * 32, sizeof(detail::gather_shared<T, D>),
+                  stream, k, first);
   }
-  [[nodiscard]] static status dense(const plan_t& p, const detail::kernel_arguments& k, bool rest, cudaStream_t stream) noexcept {
+  [[nodiscard]] static status dense(const plan_t& p, const detail::kernel_arguments& k, bool rest,
+                                    cudaStream_t stream) noexcept {
     const int blocks = std::min(2 * p.processors, p.groups() * k.pieces);
-    return launch(detail::dense_kernel<T, D>, dim3(count(blocks)), detail::gather_warps * 32, sizeof(detail::dense_shared<T, D>),
-                  stream, k, rest);
+    return launch(detail::dense_kernel<T, D>, dim3(count(blocks)), detail::gather_warps * 32,
+                  sizeof(detail::dense_shared<T, D>), stream, k, rest);
   }
 
   [[nodiscard]] static status said(cudaError_t e, const char* what) noexcept {
     if (e == cudaSuccess) return {};
-    return status::error(errc::executor_failed, "%s: CUDA says %s: %s", what, cudaGetErrorName(e), cudaGetErrorString(e));
+    return status::error(errc::executor_failed, "%s: CUDA says %s: %s", what, cudaGetErrorName(e),
+                         cudaGetErrorString(e));
   }
   template <class... Parameters, class... Arguments>
-  [[nodiscard]] static status launch(void (*kernel)(Parameters...), dim3 grid, int threads, std::size_t bytes, cudaStream_t stream,
-                                     const Arguments&... arguments) noexcept {
+  [[nodiscard]] static status launch(void (*kernel)(Parameters...), dim3 grid, int threads, std::size_t bytes,
+                                     cudaStream_t stream, const Arguments&... arguments) noexcept {
     if (bytes > 48 * 1024) {
-      if (cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)))
+      if (cudaError_t e =
+              cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)))
         return said(e, "a kernel's shared memory");
     }
     cudaLaunchAttribute early{};
