@@ -1,7 +1,7 @@
 #include "cuda/decoders.hpp"
 #include "vattn/cuda/step.cuh"
 
-namespace vattn::cuda {
+namespace vattn::VATTN_ABI::cuda {
 namespace {
 
 template <class T, int D, int Bits>
@@ -105,7 +105,7 @@ status fill_gaussian(element type, void* k, void* v, int heads, long long n, int
   return said(cudaGetLastError());
 }
 
-}  // namespace vattn::cuda
+}  // namespace vattn::VATTN_ABI::cuda
 
 // The same for foreign callers (bench/roofline_cuda, tests of a driver's): sizes and steps by one struct.
 extern "C" {

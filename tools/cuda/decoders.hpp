@@ -5,7 +5,7 @@
 
 #include "vattn/cuda/plan.hpp"
 
-namespace vattn::cuda {
+namespace vattn::VATTN_ABI::cuda {
 
 struct device_audit;
 
@@ -32,4 +32,4 @@ struct any_decoder {
 [[nodiscard]] status fill_gaussian(element type, void* k, void* v, int heads, long long n, int d, unsigned seed,
                                    cudaStream_t) noexcept;
 
-}  // namespace vattn::cuda
+}  // namespace vattn::VATTN_ABI::cuda

@@ -1,9 +1,10 @@
 // Whether δ holds in production: on a share of heads also the exact output, and a count of those that were off by more.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include "vattn/cuda/dense.cuh"
 
-namespace vattn::cuda {
+namespace vattn::VATTN_ABI::cuda {
 
 /// Counts in device memory; zero them at first. A row is one query of one head. `largest` is the largest error/ε, the
 /// bits of a float. Read the served output, so are right for what users got, in whatever precision.
@@ -57,4 +58,6 @@ __global__ __launch_bounds__(256) void count_audited_kernel(const __grid_constan
 }
 
 }  // namespace detail
-}  // namespace vattn::cuda
+}  // namespace vattn::VATTN_ABI::cuda
+
+#include "vattn/macros_pop.hpp"

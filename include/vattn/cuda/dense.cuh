@@ -1,10 +1,11 @@
 // Exact attention of one query a head over all rows: split over the rows, for plans that do not sample and for heads
 // that sampling left open.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include "vattn/cuda/device.cuh"
 
-namespace vattn::cuda::detail {
+namespace vattn::VATTN_ABI::cuda::detail {
 
 // 16 rows of K and V in the registers of a warp, as the products want them: of lane 4g + t of keys g and g + 8 the
 // coordinates 8t … 8t + 7 of every 32, of values 2t, 2t + 1, 2t + 8 and 2t + 9 the coordinates 8g … 8g + 7 of every 64.
@@ -299,4 +300,6 @@ __global__ __launch_bounds__(gather_warps * 32, 2) void dense_kernel(const __gri
   }
 }
 
-}  // namespace vattn::cuda::detail
+}  // namespace vattn::VATTN_ABI::cuda::detail
+
+#include "vattn/macros_pop.hpp"

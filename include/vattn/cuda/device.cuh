@@ -1,4 +1,5 @@
 // What the kernels share: words of PTX, rows of a cache, draws.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <cuda_bf16.h>
@@ -7,7 +8,7 @@
 
 #include "vattn/cuda/plan.hpp"
 
-namespace vattn::cuda::detail {
+namespace vattn::VATTN_ABI::cuda::detail {
 
 inline constexpr float log2_e = 1.4426950408889634f, ln_2 = 0.6931471805599453f;
 inline constexpr unsigned full = 0xffffffffu;
@@ -224,4 +225,6 @@ __device__ inline void list_groups(const kernel_arguments& k, int base, int stat
   __syncthreads();
 }
 
-}  // namespace vattn::cuda::detail
+}  // namespace vattn::VATTN_ABI::cuda::detail
+
+#include "vattn/macros_pop.hpp"

@@ -1,9 +1,10 @@
 // Codes of keys on the device: what a scan reads instead of the keys.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include "vattn/cuda/device.cuh"
 
-namespace vattn::cuda::detail {
+namespace vattn::VATTN_ABI::cuda::detail {
 
 // Format. A key k becomes y = R(k − μ), R the rotation of sketch/rotation.hpp with the plan's seed and μ fixed for the
 // sequence; each coordinate becomes a level of {±1, ±3, …} by an optimal uniform quantiser of a normal variable with
@@ -253,4 +254,6 @@ __global__ __launch_bounds__(256) void append_kernel(const __grid_constant__ ker
     encode_key<T, Bits, D>(k, signs, head, to, at((tiles - 1) * tile_keys + key), key, tid & 31);
 }
 
-}  // namespace vattn::cuda::detail
+}  // namespace vattn::VATTN_ABI::cuda::detail
+
+#include "vattn/macros_pop.hpp"

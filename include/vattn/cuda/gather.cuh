@@ -1,11 +1,12 @@
 // The gather: candidates are thinned to what this query needs, their keys and values are read, and the last block of a
 // group judges.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include "vattn/cuda/dense.cuh"
 #include "vattn/cuda/judge.cuh"
 
-namespace vattn::cuda::detail {
+namespace vattn::VATTN_ABI::cuda::detail {
 
 inline constexpr int most_segments = 512;
 
@@ -347,4 +348,6 @@ __global__ __launch_bounds__(gather_warps * 32, 2) void gather_kernel(const __gr
   }
 }
 
-}  // namespace vattn::cuda::detail
+}  // namespace vattn::VATTN_ABI::cuda::detail
+
+#include "vattn/macros_pop.hpp"

@@ -1,11 +1,12 @@
 // From the sums of a sample to a verdict, on the device: evidence and judgement are those of stats/, the quantiles
 // those of the plan's table.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include "vattn/cuda/scan.cuh"
 #include "vattn/stats/judge.hpp"
 
-namespace vattn::cuda::detail {
+namespace vattn::VATTN_ABI::cuda::detail {
 
 // The bound of stats::judge whose quantiles come from the table that this block was given.
 struct tabulated_clt {
@@ -262,4 +263,6 @@ __device__ inline void judge_chunk(const kernel_arguments& k, judge_shared& s, i
   }
 }
 
-}  // namespace vattn::cuda::detail
+}  // namespace vattn::VATTN_ABI::cuda::detail
+
+#include "vattn/macros_pop.hpp"

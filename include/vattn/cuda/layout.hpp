@@ -1,11 +1,12 @@
 // Where a cache's rows lie in device memory: contiguous, FlashInfer's pages, vLLM's blocks. Compiles without CUDA.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <cstdint>
 
 #include "vattn/status.hpp"
 
-namespace vattn::cuda {
+namespace vattn::VATTN_ABI::cuda {
 
 /// Elements of K, V and Q.
 enum class element : std::uint8_t { bf16, f16 };
@@ -74,4 +75,6 @@ namespace detail {
   return c;
 }
 
-}  // namespace vattn::cuda
+}  // namespace vattn::VATTN_ABI::cuda
+
+#include "vattn/macros_pop.hpp"

@@ -1,5 +1,6 @@
 // Sizes of a verified decode step on a GPU, from shapes alone: launch configuration, workspace, codes, state. The run
 // takes its memory through the same template that counts it. Compiles without CUDA.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
@@ -13,7 +14,7 @@
 
 struct CUstream_st;  // cudaStream_t is a pointer to it
 
-namespace vattn::cuda {
+namespace vattn::VATTN_ABI::cuda {
 
 /// What a plan must know. Lengths may be less at run time, the rest is as said here.
 struct shape {
@@ -358,4 +359,6 @@ struct arguments {
   std::uint32_t layer = 0;
 };
 
-}  // namespace vattn::cuda
+}  // namespace vattn::VATTN_ABI::cuda
+
+#include "vattn/macros_pop.hpp"

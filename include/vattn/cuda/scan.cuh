@@ -1,10 +1,11 @@
 // The scan: every code is read, every token that a head may need is picked, and the sum that fits the thresholds to
 // this query is taken.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include "vattn/cuda/encode.cuh"
 
-namespace vattn::cuda::detail {
+namespace vattn::VATTN_ABI::cuda::detail {
 
 // In units of log2, for token i and head h of the group, with s the score of k − μ, r = max(‖v − c‖, K) over the
 // typical distance and σ = ‖q‖ρ/sqrt(d):
@@ -401,4 +402,6 @@ __global__ __launch_bounds__(scan_warps * 32, 1) void scan_kernel(const __grid_c
   }
 }
 
-}  // namespace vattn::cuda::detail
+}  // namespace vattn::VATTN_ABI::cuda::detail
+
+#include "vattn/macros_pop.hpp"

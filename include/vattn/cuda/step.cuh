@@ -1,5 +1,6 @@
 // Verified decode on a GPU: encode once, append each token, run each step. Plain pointers and a stream; nothing is
 // allocated, nothing waits for the device, all of it may be captured in a graph.
+#include "vattn/macros_push.hpp"
 #pragma once
 
 #include <span>
@@ -8,7 +9,7 @@
 #include "vattn/cuda/gather.cuh"
 #include "vattn/sample/philox.hpp"
 
-namespace vattn::cuda {
+namespace vattn::VATTN_ABI::cuda {
 
 /// Kernels for caches of T (__nv_bfloat16 or __half), head size D and codes of Bits. Results are the same bits for the
 /// same plan and arguments, whatever else is in the batch.
@@ -204,4 +205,6 @@ class decoder {
   }
 };
 
-}  // namespace vattn::cuda
+}  // namespace vattn::VATTN_ABI::cuda
+
+#include "vattn/macros_pop.hpp"
