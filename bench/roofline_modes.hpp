@@ -381,15 +381,16 @@ class index_mode : public roofline_mode<T> {
   }
   [[nodiscard]] auto pages(const cache_shape& c) const requires kernel::element<T> {
     return flashinfer_paged_kv(reinterpret_cast<const T*>(k_.data()), reinterpret_cast<const T*>(v_.data()),
-                               page_order::hnd, flashinfer_pages{.n_pages = static_cast<index_t>(indices_.size()),
-                                              .page_size = page,
-                                              .n_kv_heads = c.kv_heads,
-                                              .dk = c.dim,
-                                              .dv = c.dim,
-                                              .n_batch = 1,
-                                              .indptr = indptr_.data(),
-                                              .indices = indices_.data(),
-                                              .last_page_len = &last_});
+                               page_order::hnd,
+                               flashinfer_pages{.n_pages = static_cast<index_t>(indices_.size()),
+                                                .page_size = page,
+                                                .n_kv_heads = c.kv_heads,
+                                                .dk = c.dim,
+                                                .dv = c.dim,
+                                                .n_batch = 1,
+                                                .indptr = indptr_.data(),
+                                                .indices = indices_.data(),
+                                                .last_page_len = &last_});
   }
 
   bool warm_;

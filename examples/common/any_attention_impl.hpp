@@ -291,8 +291,8 @@ class any_attention<T>::engine {
 
   void append_to_index(const kv_view<T>& cache) {
     if (index_.empty()) {
-      index_.emplace_back(index_shape{
-          .n_kv_heads = cache.n_kv_heads(), .dk = cache.dk(), .dv = cache.dv(), .seed = index_seed});
+      index_.emplace_back(
+          index_shape{.n_kv_heads = cache.n_kv_heads(), .dk = cache.dk(), .dv = cache.dv(), .seed = index_seed});
       remembered_.resize(static_cast<std::size_t>(cache.n_kv_heads()));
     }
     if (const status s = index_[0].append_from(cache); !s) throw std::runtime_error(s.message());

@@ -21,7 +21,9 @@ enum class bound_kind : std::uint8_t { clt, student, bernstein, hoeffding };
   return names[static_cast<std::size_t>(m)];
 }
 /// Whether a method has an ε and a δ to keep.
-[[nodiscard]] constexpr bool promises(method m) { return m == method::vattention || m == method::store || m == method::index; }
+[[nodiscard]] constexpr bool promises(method m) {
+  return m == method::vattention || m == method::store || m == method::index;
+}
 [[nodiscard]] constexpr const char* to_string(sampler_kind s) {
   return s == sampler_kind::importance ? "importance" : "uniform";
 }

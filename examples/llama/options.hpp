@@ -67,7 +67,8 @@ inline void add_options(CLI::App& app, request& r) {
            for (const auto& name : names)
              r.methods.push_back(examples::named("--method", examples::method_names(), name));
          },
-         "a list of dense, top-k, sample, sinks-window, magic-pig, vattention (default), store, index: all on one prefill")
+         "a list of dense, top-k, sample, sinks-window, magic-pig, vattention (default), store, index: all on one "
+         "prefill")
       ->delimiter(',')
       ->type_name("NAME,...")
       ->group("Method");

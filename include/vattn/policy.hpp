@@ -137,7 +137,8 @@ template <class P>
 concept store_bound = !from_store<P> || !finite_sample<P>;
 /// The same of an index, which is the selector: and is one to nobody else.
 template <class P>
-concept index_selector = from_index<P> == std::same_as<typename P::selector, select::beside>;
+concept index_selector = from_index<P>
+== std::same_as<typename P::selector, select::beside>;
 template <class P>
 concept index_bound = !from_index<P> || !finite_sample<P>;
 /// Asymptotic importance sampling makes probabilities of estimates and of their errors.
@@ -166,9 +167,9 @@ concept sound_scores = !finite_sample<P> || !scores_may_be_exceeded<typename P::
 /// target (a finite-sample bound to which the scores give no range reads all rows); a selector's heavy share is theirs
 /// alone: importance samplers take its scores.
 template <class P>
-concept attention_policy = has_slots<P> && mix::target<P> && mix::store_selector<P> && mix::store_bound<P> && mix::index_selector<P> && mix::index_bound<P> &&
-    mix::estimates<P> && mix::hard_bounds<P> && mix::certified_sampler<P> && mix::certified_bound<P> &&
-    mix::phases<P> && mix::sound_scores<P>;
+concept attention_policy = has_slots<P> && mix::target<P> && mix::store_selector<P> && mix::store_bound<P> &&
+    mix::index_selector<P> && mix::index_bound<P> && mix::estimates<P> && mix::hard_bounds<P> &&
+    mix::certified_sampler<P> && mix::certified_bound<P> && mix::phases<P> && mix::sound_scores<P>;
 
 /// Configurations of the paper's experiments (section 5 and appendix of arXiv 2510.05688): sinks 128,
 /// window 128, heavy share and base rate in the ranges it gives, ε = δ. Use with verified_denominator,

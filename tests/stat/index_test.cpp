@@ -1,5 +1,5 @@
-// The promise of attention by an index: failures against δ over regimes, values, bits, ε and group sizes, for steps that
-// know nothing and for steps that remember the last.
+// The promise of attention by an index: failures against δ over regimes, values, bits, ε and group sizes, for steps
+// that know nothing and for steps that remember the last.
 #include <cmath>
 
 #include "stat/binomial.hpp"
@@ -36,9 +36,9 @@ struct indexed_problem {
   void draw(const config& settings, std::span<index_memory> remembered, const draw_key& key, Visit&& visit) {
     const vattention<index_policy> attend(settings, {index, remembered});
     const std::array<index_t, 3> rows{1, 1, c.heads};
-    const status s = attend(query(), view(), options(),
-                            {.output = {output.data(), {1, 1, c.heads, c.dim}}, .certificates = {certificates.data(), rows}},
-                            memory, key);
+    const status s = attend(
+        query(), view(), options(),
+        {.output = {output.data(), {1, 1, c.heads, c.dim}}, .certificates = {certificates.data(), rows}}, memory, key);
     INFO(s.message());
     REQUIRE(s.ok());
     const auto dim = static_cast<std::size_t>(c.dim);

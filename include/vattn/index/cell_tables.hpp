@@ -94,7 +94,8 @@ struct cell_tables {
     query.scan.heads = static_cast<int>(heads);
     query.scan.noise_factor = static_cast<std::int16_t>(std::max(1l, std::lround(32768 / (1024 * step))));
     query.scan.reach_factor = static_cast<std::int16_t>(std::max(1l, std::lround(32768 / (512 * step))));
-    table_error = 16 * step * std::sqrt(static_cast<float>(groups) / 12) * 0.5f;  // α is half its unit at most, but for few keys
+    table_error =
+        16 * step * std::sqrt(static_cast<float>(groups) / 12) * 0.5f;  // α is half its unit at most, but for few keys
     unit_error = codes.units().radius / std::sqrt(static_cast<float>(codes.layout().width));
     return true;
   }

@@ -62,8 +62,7 @@ class row_gatherer {
       return kernel::block_of_rows::gathered(head_.value_rows(), cells, n);
     } else {
       const index_t stride = value_bytes(head_.dv());
-      for (index_t i = 0; i < n; ++i)
-        copy<value_element>(head_.value(index_t{cells[i]}), storage_.data() + i * stride);
+      for (index_t i = 0; i < n; ++i) copy<value_element>(head_.value(index_t{cells[i]}), storage_.data() + i * stride);
       return {{storage_.data(), stride}, 0, n};
     }
   }
@@ -76,7 +75,9 @@ class row_gatherer {
 
   template <class T, class Row>
   static void copy(const Row& row, std::byte* to) noexcept {
-    if constexpr (requires { { row.data() } -> std::same_as<const T*>; }) {
+    if constexpr (requires {
+                    { row.data() } -> std::same_as<const T*>;
+                  }) {
       std::memcpy(to, row.data(), row.size_bytes());
     } else {
       using kernel::load;
@@ -85,7 +86,10 @@ class row_gatherer {
   }
   template <class Row>
   static VATTN_ALWAYS_INLINE void fetch(const Row& row) noexcept {
-    if constexpr (requires { row.data(); row.size_bytes(); })
+    if constexpr (requires {
+                    row.data();
+                    row.size_bytes();
+                  })
       kernel::prefetch_row(reinterpret_cast<const std::byte*>(row.data()), row.size_bytes());
   }
 

@@ -40,7 +40,7 @@ struct index_memory {
   cell_thresholds thresholds{};
   std::array<stats::evidence, max_group> estimates{};
   std::array<double, max_group> log_sum{};  ///< of a few scores then
-  std::int32_t failures = 0, rest = 0;  ///< times in a row that all rows were read instead; steps to do so unasked
+  std::int32_t failures = 0, rest = 0;      ///< times in a row that all rows were read instead; steps to do so unasked
 
   [[nodiscard]] bool usable(index_t of_heads) const noexcept {
     const cell_thresholds& t = thresholds;
@@ -72,23 +72,23 @@ struct beside {
 
 /// What sampling by an index costs, in the time of a row of dense attention (docs/performance.md).
 struct index_costs {
-  double scan = 0.1;      ///< a cell's codes
-  double key = 3;         ///< a row whose key is read
-  double once = 600;      ///< tables, plan, judgement
-  index_t least = 2048;   ///< cells that are worth it
+  double scan = 0.1;     ///< a cell's codes
+  double key = 3;        ///< a row whose key is read
+  double once = 600;     ///< tables, plan, judgement
+  index_t least = 2048;  ///< cells that are worth it
 };
 
 /// Scratch of a group of heads, taken from the call's workspace.
 struct index_scratch {
-  std::span<std::uint8_t> tables;    // cell_tables::table_bytes
-  std::span<float> table;            // cell_tables::scratch_size
-  std::span<float> queries;          // [heads, dk]
-  std::span<float> output, away;     // [heads, dv]
-  std::span<float> vectors;          // [2, dv]
-  std::span<std::uint64_t> seen;     // [blocks]: cells that are sampled
-  std::span<ordinal> certain;        // cells that are read for certain
-  std::span<float> plan;             // plan_sample::storage_size
-  std::span<float> looks;            // [heads + 1, look_cells], scores
+  std::span<std::uint8_t> tables;  // cell_tables::table_bytes
+  std::span<float> table;          // cell_tables::scratch_size
+  std::span<float> queries;        // [heads, dk]
+  std::span<float> output, away;   // [heads, dv]
+  std::span<float> vectors;        // [2, dv]
+  std::span<std::uint64_t> seen;   // [blocks]: cells that are sampled
+  std::span<ordinal> certain;      // cells that are read for certain
+  std::span<float> plan;           // plan_sample::storage_size
+  std::span<float> looks;          // [heads + 1, look_cells], scores
   index_reader_memory reader;
   std::span<std::byte> exact_rows;            // [heads] x row_bytes: query_row of any head
   std::span<float> exact_part, exact_logits;  // as query_group wants them
@@ -184,7 +184,8 @@ class index_sampler {
   /// Whether sampling n tokens, `fixed` of them certain, may cost less than reading them all.
   [[nodiscard]] static bool may_pay(index_t n, index_t fixed) noexcept {
     const double rows = costs_.key * (shape.pilot_base + shape.pilot) + static_cast<double>(fixed);
-    return n - fixed >= costs_.least && costs_.scan * static_cast<double>(n) + rows + costs_.once < static_cast<double>(n);
+    return n - fixed >= costs_.least &&
+           costs_.scan * static_cast<double>(n) + rows + costs_.once < static_cast<double>(n);
   }
 
  private:
@@ -344,8 +345,8 @@ class index_sampler {
   // Thresholds of the first scan: those of a sample that is enough for an output as far from 0 as the values' centre.
   void guess_thresholds() noexcept {
     const auto unit = static_cast<double>(codes_.units().reach);
-    const auto centre2 = static_cast<double>(
-        kernel::const_float_map(centre_, static_cast<Eigen::Index>(head_.dv())).squaredNorm());
+    const auto centre2 =
+        static_cast<double>(kernel::const_float_map(centre_, static_cast<Eigen::Index>(head_.dv())).squaredNorm());
     const double length = std::sqrt(centre2 + 0.05 * unit * unit) / unit;
     const double rows = 3.3 / (settings_.epsilon * settings_.epsilon * length * length);
     for (index_t h = 0; h < heads_; ++h) {
@@ -588,7 +589,8 @@ class index_sampler {
       if (v.met) continue;
       const double ratio = v.ratio;
       squeeze_[at(g)] *= 0.95 / ratio;
-      if (10 * read.values_read() >= 9 * read.picks()) wanted_.plain[at(g)] = binding(g) - std::max(0.1, std::log(ratio));
+      if (10 * read.values_read() >= 9 * read.picks())
+        wanted_.plain[at(g)] = binding(g) - std::max(0.1, std::log(ratio));
     }
     wanted_.away = away_wanted;
     return all;
@@ -653,17 +655,16 @@ class index_sampler {
         ++count;
       }
       if (count == 0) return;
-      const query_group<Head> together{
-          rows, states.data(),
-          kernel::prepare_queries<K>(kernel::active_isa(), s_.queries.data(), count, dk, group_[0].row.scale,
-                                     s_.reader.prepared),
-          s_.exact_part.first(at(count * head_.dv())), s_.exact_logits};
+      const query_group<Head> together{rows, states.data(),
+                                       kernel::prepare_queries<K>(kernel::active_isa(), s_.queries.data(), count, dk,
+                                                                  group_[0].row.scale, s_.reader.prepared),
+                                       s_.exact_part.first(at(count * head_.dv())), s_.exact_logits};
       std::uint32_t odd = 0;
       for (index_t from = 0; from < n; from += phase_rows) {
         const index_t width = std::min(phase_rows, n - from);
-        odd |= together.add(tokens_.contiguous()
-                                ? population(tokens_[from], tokens_[from] + width)
-                                : population(std::span<const ordinal>(tokens_.list() + from, at(width))));
+        odd |=
+            together.add(tokens_.contiguous() ? population(tokens_[from], tokens_[from] + width)
+                                              : population(std::span<const ordinal>(tokens_.list() + from, at(width))));
       }
       for (index_t i = 0; i < count; ++i) {
         head_task<Head>& task = group_[which[at(i)]];
@@ -715,7 +716,7 @@ void attend_by_index(head_group<Head>& group, const config& settings, const sele
   const index_t kv_heads = indices.sequences[0].shape().n_kv_heads;
   const kv_index& index = indices.sequences[static_cast<std::size_t>(row.kv_head / kv_heads)];
   const auto scratch = index_scratch::take(a, row.head.size(), group.size(), row.head.dk(), row.head.dv(),
-                                                 settings.sinks + settings.window);
+                                           settings.sinks + settings.window);
   index_memory* const remembered =
       indices.memory.empty() ? nullptr : &indices.memory[static_cast<std::size_t>(row.kv_head)];
   index_sampler<Policy, Head>(group, settings, index, row.kv_head % kv_heads, remembered, scratch).run();
@@ -729,8 +730,7 @@ template <kv_cache KV>
     return status::error(errc::invalid_argument, "%zu indices for %lld sequences: give one for each",
                          indices.sequences.size(), ll(cache.n_batch()));
   }
-  if (!indices.memory.empty() &&
-      static_cast<index_t>(indices.memory.size()) != cache.n_batch() * cache.n_kv_heads()) {
+  if (!indices.memory.empty() && static_cast<index_t>(indices.memory.size()) != cache.n_batch() * cache.n_kv_heads()) {
     return status::error(errc::invalid_argument,
                          "memory of %zu KV heads for %lld sequences of %lld: give one for each, or none",
                          indices.memory.size(), ll(cache.n_batch()), ll(cache.n_kv_heads()));

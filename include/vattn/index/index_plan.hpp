@@ -37,8 +37,7 @@ class plan_sample {
       w[size_] = std::min(0.0f, static_cast<float>(levels[static_cast<std::size_t>(i)]) * tables.step);
       column(log_reach)[size_] = tables.log_reach(from.reach[i]);
       column(radius)[size_] = static_cast<float>(from.radius[i]);
-      for (index_t h = 0; h < heads_; ++h)
-        column(scores + h)[size_] = tables.score(from.score[h * from.capacity + i]);
+      for (index_t h = 0; h < heads_; ++h) column(scores + h)[size_] = tables.score(from.score[h * from.capacity + i]);
     }
     kernel::exponentials(how_, w, size_, 0);
     for (index_t i = 0; i < size_; ++i) w[i] = static_cast<float>(k) / (share * w[i]);
@@ -59,9 +58,9 @@ class plan_sample {
   }
 
   struct goal_of_head {
-    double goal = 0;         ///< variance that verifies, relative to the reference
-    double denominator = 0;  ///< of the sampled cells, relative to the reference
-    double away2 = 0;        ///< ‖ô − c‖²
+    double goal = 0;                ///< variance that verifies, relative to the reference
+    double denominator = 0;         ///< of the sampled cells, relative to the reference
+    double away2 = 0;               ///< ‖ô − c‖²
     double mean = 0, variance = 0;  ///< of all scores
     double floor = 0;
   };
@@ -101,8 +100,8 @@ class plan_sample {
     total_[i] = static_cast<double>(q.sum());
   }
 
-  /// Thresholds with the fewest rows that meet every head's goal, into `t`; returns their expected number. `cells`: that
-  /// are sampled.
+  /// Thresholds with the fewest rows that meet every head's goal, into `t`; returns their expected number. `cells`:
+  /// that are sampled.
   [[nodiscard]] double choose(cell_thresholds& t, double cells) noexcept {
     double best = std::numeric_limits<double>::infinity();
     std::array<double, kernel::scan_heads> chosen{};

@@ -19,22 +19,22 @@ namespace vattn::VATTN_ABI {
 
 /// Memory of an `index_reader`, taken from the call's workspace.
 struct index_reader_memory {
-  std::span<std::byte> rows;             // gathered_bytes
-  std::span<float> prepared, centred;    // queries and outputs as block kernels want them
-  std::span<float> sampled, certain;     // stratum::storage_size
-  std::span<float> x, spare;             // [heads, block_rows]
-  std::span<float> third;                // [heads, dv]
-  std::span<ordinal> cells;              // [capacity]: of candidates
+  std::span<std::byte> rows;                            // gathered_bytes
+  std::span<float> prepared, centred;                   // queries and outputs as block kernels want them
+  std::span<float> sampled, certain;                    // stratum::storage_size
+  std::span<float> x, spare;                            // [heads, block_rows]
+  std::span<float> third;                               // [heads, dv]
+  std::span<ordinal> cells;                             // [capacity]: of candidates
   std::span<std::int16_t> reach, radius, noise, level;  // [capacity]
-  std::span<std::int16_t> score;         // [heads, capacity]
-  std::span<float> logits;               // [heads, capacity], of candidates whose keys were read
-  std::span<std::uint8_t> seen;          // [capacity]: its key was read
-  std::span<ordinal> picks;              // [capacity]: candidates that the thresholds take
-  std::span<float> reach2;               // [capacity], r² of picks
-  std::span<float> thinning;             // thinning::storage_size
-  std::span<ordinal> kept;               // [capacity]: picks whose values are read
-  std::span<float> weights;              // [capacity], 1/π of picks; 0: the value was not read
-  std::span<float> by_level;             // [levels] 1/π
+  std::span<std::int16_t> score;                        // [heads, capacity]
+  std::span<float> logits;                              // [heads, capacity], of candidates whose keys were read
+  std::span<std::uint8_t> seen;                         // [capacity]: its key was read
+  std::span<ordinal> picks;                             // [capacity]: candidates that the thresholds take
+  std::span<float> reach2;                              // [capacity], r² of picks
+  std::span<float> thinning;                            // thinning::storage_size
+  std::span<ordinal> kept;                              // [capacity]: picks whose values are read
+  std::span<float> weights;                             // [capacity], 1/π of picks; 0: the value was not read
+  std::span<float> by_level;                            // [levels] 1/π
   index_t capacity = 0;
   static constexpr index_t levels = 4096;  // steps below 0: no noise is larger than 17·ln 2 nats
 
@@ -96,8 +96,8 @@ class index_reader {
     sampled_ = stratum(m_.sampled, heads_, head_.dv());
     certain_ = stratum(m_.certain, heads_, head_.dv());
     reference_.fill(-std::numeric_limits<float>::infinity());
-    candidates_ = {m_.cells.data(), m_.reach.data(), m_.radius.data(),
-                   m_.noise.data(), m_.score.data(), m_.capacity, 0};
+    candidates_ = {
+        m_.cells.data(), m_.reach.data(), m_.radius.data(), m_.noise.data(), m_.score.data(), m_.capacity, 0};
     for (index_t h = 0; h < heads_; ++h) transforms_ = transforms_ || group[h].row.transforms();
   }
 
@@ -214,9 +214,9 @@ class index_reader {
       for (index_t i = 0; i < picks_; ++i) {
         const float total = thin_.inverse_probability(i);
         // The same number for the same row, whatever is kept beside it.
-        const auto u = static_cast<float>(
-                           kernel::detail::scrambled(tables_.query.scan.numbers ^ m_.cells[candidate(i)]) >> 40) *
-                       0x1p-24f;
+        const auto u =
+            static_cast<float>(kernel::detail::scrambled(tables_.query.scan.numbers ^ m_.cells[candidate(i)]) >> 40) *
+            0x1p-24f;
         const bool keep = u * total < thin_.inverse()[i];
         m_.kept[at(count)] = static_cast<ordinal>(i);
         count += keep ? 1 : 0;

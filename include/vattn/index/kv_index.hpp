@@ -18,7 +18,7 @@ namespace vattn::VATTN_ABI {
 struct index_shape {
   index_t n_kv_heads = 1;
   index_t dk = 0, dv = 0;
-  int bits = 0;  ///< a coordinate of a key, 1 to 4; 0: chosen when the index is built
+  int bits = 0;            ///< a coordinate of a key, 1 to 4; 0: chosen when the index is built
   std::uint64_t seed = 0;  ///< of the codes' rotations
 };
 

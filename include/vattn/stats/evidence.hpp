@@ -120,7 +120,7 @@ struct stratum_evidence {
   // The signed groups, moved from c to ô, and from 0 to the mean of a uniform sample: Z − α u − β N.
   double product = 0, aligned = 0, along = 0, length = 0;
   double alpha[most_groups] = {}, beta[most_groups] = {}, length2[most_groups];  // nvcc sees a use before the loop
-  const auto moved = [&](int a, int b) {  // a >= b
+  const auto moved = [&](int a, int b) {                                         // a >= b
     return p.zz[a * (a + 1) / 2 + b] - alpha[b] * p.zu[a] - alpha[a] * p.zu[b] - beta[b] * p.zn[a] - beta[a] * p.zn[b] +
            alpha[a] * alpha[b] * c.uu + beta[a] * beta[b] * p.nn + (alpha[a] * beta[b] + alpha[b] * beta[a]) * p.nu;
   };

@@ -1,4 +1,5 @@
-// Codes by cell: read back by the format's words they estimate products within their stated error, whatever came before.
+// Codes by cell: read back by the format's words they estimate products within their stated error, whatever came
+// before.
 #include "vattn/index/cell_codes.hpp"
 
 #include <cmath>
@@ -173,9 +174,9 @@ TEST_CASE("the scan's scores are those of the words, and the same for every inst
           for (index_t h = 0; h < heads; ++h) {
             static_cast<void>(c.rotate(q.data() + h * dim, rotated));
             for (int i = 0; i < 64; ++i) {
-              const double off = static_cast<double>(
-                  tables.score(portable.score[h][cell_codes::lane(static_cast<std::size_t>(i))]) -
-                  c.score(block * 64 + i, rotated));
+              const double off =
+                  static_cast<double>(tables.score(portable.score[h][cell_codes::lane(static_cast<std::size_t>(i))]) -
+                                      c.score(block * 64 + i, rotated));
               miss += off * off;
             }
           }

@@ -41,7 +41,8 @@ struct outcome {
 
 // Draws against exact attention over the same view.
 template <class T, kv_cache KV>
-outcome drawn(const problem<T>& p, const KV& cache, const std::vector<kv_index>& index, const config& c, int draws = 20) {
+outcome drawn(const problem<T>& p, const KV& cache, const std::vector<kv_index>& index, const config& c,
+              int draws = 20) {
   results exact(p.s), r(p.s);
   workspace memory;
   const status dense = exact_attention(p.query(), cache, p.options, exact.view(), memory);
@@ -50,8 +51,8 @@ outcome drawn(const problem<T>& p, const KV& cache, const std::vector<kv_index>&
   const vattention<index_policy> attend(c, {index});
   outcome o;
   for (int d = 0; d < draws; ++d) {
-    const status s = attend(p.query(), cache, p.options, r.view(), memory,
-                            {.seed = 3, .step = static_cast<std::uint32_t>(100 * d)});
+    const status s =
+        attend(p.query(), cache, p.options, r.view(), memory, {.seed = 3, .step = static_cast<std::uint32_t>(100 * d)});
     INFO(s.message());
     REQUIRE(s.ok());
     for (std::size_t at = 0; at < r.certificates.size(); ++at) {
@@ -195,7 +196,8 @@ TEST_CASE("cells of one sequence among others', in any order, with cells that ha
   check(drawn(p, view, index, settings()), n);
 
   // Cells that the index has lost, or never saw, are read for certain.
-  for (index_t t = 100; t < 300; ++t) index[0].erase(cell[static_cast<std::size_t>(t)], cell[static_cast<std::size_t>(t)] + 1);
+  for (index_t t = 100; t < 300; ++t)
+    index[0].erase(cell[static_cast<std::size_t>(t)], cell[static_cast<std::size_t>(t)] + 1);
   check(drawn(p, view, index, settings()), n);
   index[0].truncate(cells - 500);
   check(drawn(p, view, index, settings()), n, 0.6);

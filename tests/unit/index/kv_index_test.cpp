@@ -127,8 +127,10 @@ TEST_CASE("what is wrong with an index is said before anything is changed", "[in
   CHECK_FALSE(index.build(p.cache(), 1).ok());
   CHECK_FALSE(index.update(p.cache(), -1, 3).ok());
   CHECK_FALSE(index.update(p.cache(), 0, 71).ok());
-  CHECK_FALSE(index.set(-1, [&](index_t) { return p.cache().head(0, 0).key(0); },
-                        [&](index_t) { return p.cache().head(0, 0).value(0); })
+  CHECK_FALSE(index
+                  .set(
+                      -1, [&](index_t) { return p.cache().head(0, 0).key(0); },
+                      [&](index_t) { return p.cache().head(0, 0).value(0); })
                   .ok());
   CHECK(index.size() == 0);
   CHECK(index.build(p.cache()).ok());
