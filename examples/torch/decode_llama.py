@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """A Llama's answers, density, violations and tokens a second by verified sparse decode, against SDPA.
 
     examples/torch/decode_llama.py --model ../shared/tiny-llama-d128 --prompts ../shared/tiny-llama-32k/prompts.jsonl --length 32768 --task niah kv"""
