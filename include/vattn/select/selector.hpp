@@ -118,6 +118,7 @@ template <kv_head Head>
     for (index_t j = 0; j < tokens.size(); ++j) axpy(share, row.value(tokens[j]), centre.data());
   }
   return [&row, kept, c = centre.data()](index_t token) noexcept -> float {
+    static_cast<void>(kept);  // of heads without norms
     if constexpr (kv_head_with_value_norms<Head>) {
       if (kept) return row.head.value_norm(token) * row.value_unit;
     }
