@@ -19,6 +19,7 @@
 #include "vattn/index/kv_index.hpp"
 #include "vattn/runtime/call.hpp"
 #include "vattn/sample/importance.hpp"
+#include "vattn/select/selector.hpp"
 #include "vattn/stats/certify.hpp"
 
 namespace vattn::VATTN_ABI {
