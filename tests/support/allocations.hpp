@@ -25,6 +25,9 @@ inline std::atomic<long> allocations{0}, fail_at{-1};
   return p;
 }
 
+// Not inlined: GCC would see free() of what operator new has returned, and take the two for mismatched.
+[[gnu::noinline]] inline void release(void* p) noexcept { std::free(p); }
+
 }  // namespace vattn::test
 
 // malloc and free fit each other whatever the alignment.
@@ -44,15 +47,15 @@ void* operator new(std::size_t size, std::align_val_t a, const std::nothrow_t&) 
 void* operator new[](std::size_t size, std::align_val_t a, const std::nothrow_t&) noexcept {
   return vattn::test::allocate(size, std::size_t(a));
 }
-void operator delete(void* p) noexcept { std::free(p); }
-void operator delete[](void* p) noexcept { std::free(p); }
-void operator delete(void* p, std::size_t) noexcept { std::free(p); }
-void operator delete[](void* p, std::size_t) noexcept { std::free(p); }
-void operator delete(void* p, std::align_val_t) noexcept { std::free(p); }
-void operator delete[](void* p, std::align_val_t) noexcept { std::free(p); }
-void operator delete(void* p, std::size_t, std::align_val_t) noexcept { std::free(p); }
-void operator delete[](void* p, std::size_t, std::align_val_t) noexcept { std::free(p); }
-void operator delete(void* p, const std::nothrow_t&) noexcept { std::free(p); }
-void operator delete[](void* p, const std::nothrow_t&) noexcept { std::free(p); }
-void operator delete(void* p, std::align_val_t, const std::nothrow_t&) noexcept { std::free(p); }
-void operator delete[](void* p, std::align_val_t, const std::nothrow_t&) noexcept { std::free(p); }
+void operator delete(void* p) noexcept { vattn::test::release(p); }
+void operator delete[](void* p) noexcept { vattn::test::release(p); }
+void operator delete(void* p, std::size_t) noexcept { vattn::test::release(p); }
+void operator delete[](void* p, std::size_t) noexcept { vattn::test::release(p); }
+void operator delete(void* p, std::align_val_t) noexcept { vattn::test::release(p); }
+void operator delete[](void* p, std::align_val_t) noexcept { vattn::test::release(p); }
+void operator delete(void* p, std::size_t, std::align_val_t) noexcept { vattn::test::release(p); }
+void operator delete[](void* p, std::size_t, std::align_val_t) noexcept { vattn::test::release(p); }
+void operator delete(void* p, const std::nothrow_t&) noexcept { vattn::test::release(p); }
+void operator delete[](void* p, const std::nothrow_t&) noexcept { vattn::test::release(p); }
+void operator delete(void* p, std::align_val_t, const std::nothrow_t&) noexcept { vattn::test::release(p); }
+void operator delete[](void* p, std::align_val_t, const std::nothrow_t&) noexcept { vattn::test::release(p); }
