@@ -139,7 +139,13 @@ void check_indexed(const problem<T>& p, const config& c, Make&& make, const std:
         std::vector<decltype(make())> index;
         index.push_back(make());
         append_from(index[0], q.cache().head(0, 0));
-        return attend_with<Policy>(q, q.cache(), c, {index});
+        typename Policy::selector select;
+        if constexpr (requires { select.base; }) {
+          select.base.heads = index;
+        } else {
+          select.heads = index;
+        }
+        return attend_with<Policy>(q, q.cache(), c, select);
       },
       at, samples);
 }
