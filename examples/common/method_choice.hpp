@@ -55,7 +55,8 @@ struct method_choice {
   const auto refuse = [](const char* what) { return status::error(errc::invalid_argument, "%s", what); };
   if (m.how == method::store || m.how == method::index) {
     if (m.target != target_kind::output || m.bound != bound_kind::clt)
-      return refuse("--method store and index go with --target output and --bound clt");
+      return refuse(m.how == method::store ? "--method store goes with --target output and --bound clt"
+                                           : "--method index goes with --target output and --bound clt");
     return {};  // their codes score and sample
   }
   if ((m.selector != "exact" || importance) && (m.target != target_kind::output || m.top_p > 0))
