@@ -129,8 +129,9 @@ struct position_range {
 [[nodiscard]] inline position_range visible_positions(index_t position, const attention_options& options) noexcept {
   constexpr index_t most = std::numeric_limits<std::int32_t>::max();
   position_range range;
+  const index_t past = std::max<index_t>(position + 1, 0);  // taken from it, no window is too large
   if (options.sliding_window > 0)
-    range.first = static_cast<std::int32_t>(std::clamp<index_t>(position + 1 - options.sliding_window, 0, most));
+    range.first = static_cast<std::int32_t>(std::min(past - std::min(past, options.sliding_window), most));
   if (options.causal || options.sliding_window > 0)
     range.last = static_cast<std::int32_t>(std::clamp<index_t>(position, -1, most));
   return range;
@@ -185,7 +186,7 @@ struct position_range {
   const index_t position = n - n_queries + t;
   index_t first = 0, last = n;
   if (options.causal || options.sliding_window > 0) last = std::clamp<index_t>(position + 1, 0, n);
-  if (options.sliding_window > 0) first = std::clamp<index_t>(position + 1 - options.sliding_window, 0, last);
+  if (options.sliding_window > 0) first = last - std::min(last, options.sliding_window);
   return {first, last};
 }
 
