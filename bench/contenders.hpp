@@ -5,6 +5,8 @@
 #include <cmath>
 #include <functional>
 #include <limits>
+#include <span>
+#include <stdexcept>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -38,6 +40,8 @@ class problem {
       : cache_(std::move(c)), norms_(static_cast<std::size_t>(cache_.n)), centre_(width()), output_(width()) {
     keep_norms();
     solve();
+    index_.emplace_back(index_shape{.n_kv_heads = 1, .dk = cache_.dim, .dv = cache_.dim});
+    if (const status built = index_[0].build(view()); !built) throw std::runtime_error(built.message());
   }
 
   [[nodiscard]] tensor_view<const float, 4> query() const { return {cache_.q.data(), {1, 1, 1, cache_.dim}}; }
@@ -57,6 +61,7 @@ class problem {
     return {.output = {output_.data(), {1, 1, 1, dim}}, .certificates = {&proof_, {1, 1, 1}}};
   }
   [[nodiscard]] workspace& memory() { return memory_; }
+  [[nodiscard]] std::span<const kv_index> index() const { return index_; }
 
   [[nodiscard]] index_t n() const { return cache_.n; }
   [[nodiscard]] index_t dim() const { return cache_.dim; }
@@ -131,6 +136,7 @@ class problem {
   std::vector<float> output_;  // [dim]
   certificate proof_;
   workspace memory_;
+  std::vector<kv_index> index_;
 };
 
 /// Rows of a fixed number, no promise.
@@ -172,9 +178,14 @@ inline constexpr contender contenders[] = {
      [](problem& p, const cell& at, const draw_key& key) {
        return attend_verified<verified_sdpa>(p, at.settings(), key);
      }},
-    {"vattention", knob::epsilon, true,
+    {"ranked", knob::epsilon, true,
      [](problem& p, const cell& at, const draw_key& key) {
        return attend_verified<default_policy>(p, at.settings(), key);
+     }},
+    {"vattention", knob::epsilon, true,
+     [](problem& p, const cell& at, const draw_key& key) {
+       return vattention<index_policy>(at.settings(), {p.index()})(p.query(), p.view(), p.options(), p.result(),
+                                                                   p.memory(), key);
      }},
 };
 

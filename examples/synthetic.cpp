@@ -1,6 +1,8 @@
-// Every method on every synthetic regime: how much it reads, how wrong it is, and how often more than it may be.
+// Every method on every synthetic regime: how much it reads, how wrong it is, how often more than it may be, and how
+// long a step takes.
 #include <CLI/CLI.hpp>
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <exception>
@@ -24,8 +26,8 @@ namespace {
 struct settings {
   index_t n = 32768, dim = 128;
   double epsilon = 0.05, delta = 0.1;
-  std::int64_t trials = 300;
-  std::string values = "mean", csv;
+  std::int64_t trials = 200, repeats = 7;
+  std::string values = "follow", csv;
   std::vector<std::string> regimes{"standard"};
   std::uint64_t seed = 1;
   index_t threads = 0;
@@ -35,9 +37,10 @@ struct settings {
 struct outcome {
   std::string regime, method;
   double density = 0, error_mean = 0, error_p90 = 0, failures = 0, exact_share = 0;
+  double ms = 0;  ///< of a call on one thread, the median
 };
 
-/// A cache, its exact output, and what a cache keeps of its values.
+/// A cache, its exact output, and what is kept beside a cache: norms of its values for a ranking, or an index.
 class bench {
  public:
   bench(const settings& s, const std::string& regime)
@@ -49,7 +52,11 @@ class bench {
     exact_ = exact_reference(query_, view_, options_);
     norms_ = measure_values(view_, s.n);
     view_ = view_.with_norms(norms_.view());
+    index_.emplace_back(index_shape{.n_kv_heads = 1, .dk = s.dim, .dv = s.dim});
+    if (const status built = index_[0].build(view_); !built) throw std::runtime_error(built.message());
   }
+
+  [[nodiscard]] std::span<const kv_index> index() const { return index_; }
 
   using kv = kv_view<float>;
   using call = std::function<status(const tensor_view<const float, 4>& q, const kv& cache, const attention_options&,
@@ -92,6 +99,32 @@ class bench {
     return o;
   }
 
+  /// Milliseconds of a call on one thread: medians. The methods take turns, so that a machine that slows down slows
+  /// all.
+  [[nodiscard]] std::vector<double> time(const std::vector<call>& methods, support::progress& count) const {
+    std::vector<std::vector<double>> taken(methods.size());
+    std::vector<float> output(static_cast<std::size_t>(settings_.dim));
+    const attention_result result{.output = {output.data(), {1, 1, 1, settings_.dim}}};
+    workspace memory;
+    for (std::int64_t turn = -1; turn < settings_.repeats; ++turn) {  // the first one warms up
+      for (std::size_t m = 0; m < methods.size(); ++m) {
+        using clock = std::chrono::steady_clock;
+        const draw_key key{.seed = settings_.seed + static_cast<std::uint64_t>(turn + 1)};
+        const auto start = clock::now();
+        if (const status s = methods[m](query_, view_, options_, result, memory, key); !s)
+          throw std::runtime_error(s.message());
+        if (turn >= 0) taken[m].push_back(std::chrono::duration<double, std::milli>(clock::now() - start).count());
+      }
+      count.step();
+    }
+    std::vector<double> medians;
+    for (auto& ms : taken) {
+      std::nth_element(ms.begin(), ms.begin() + settings_.repeats / 2, ms.end());
+      medians.push_back(ms[static_cast<std::size_t>(settings_.repeats / 2)]);
+    }
+    return medians;
+  }
+
  private:
   const settings& settings_;
   synthetic::cache cache_;
@@ -100,6 +133,7 @@ class bench {
   attention_options options_;
   reference exact_;
   value_norms norms_;
+  std::vector<kv_index> index_;
 };
 
 bench::call fixed(const row_budget& rows) {
@@ -114,8 +148,15 @@ bench::call verified(const config& c) {
   };
 }
 
-constexpr const char* method_names[] = {"dense", "sinks+window", "top-k", "sampling", "paper", "vattention"};
-constexpr int random_methods = 3;
+bench::call from_index(const config& c, std::span<const kv_index> index) {
+  return [c, index](const auto& q, const auto& cache, const auto& options, const auto& result, auto& memory,
+                    const auto& key) {
+    return vattention<index_policy>(c, {index})(q, cache, options, result, memory, key);
+  };
+}
+
+constexpr const char* method_names[] = {"dense", "sinks+window", "top-k", "sampling", "paper", "ranked", "vattention"};
+constexpr int random_methods = 4, fixed_methods = 3;
 
 std::vector<outcome> run_regime(const settings& s, const std::string& regime, support::progress& count) {
   const bench b(s, regime);
@@ -126,40 +167,47 @@ std::vector<outcome> run_regime(const settings& s, const std::string& regime, su
   paper.epsilon = s.epsilon;
   paper.delta = s.delta;
   // First ours: top-k and sampling get as many rows as it took.
-  const outcome own = b.measure(verified<default_policy>(ours), s.trials, count);
-  std::vector<outcome> all{
-      b.measure([](const auto& q, const auto& cache, const auto& options, const auto& result, auto& memory,
-                   const auto&) { return exact_attention(q, cache, options, result, memory); },
-                1, count),
-      b.measure(fixed({.sinks = ours.sinks, .window = ours.window}), 1, count),
-      b.measure(fixed({.heavy = own.density}), 1, count),
-      b.measure(fixed({.sampled = own.density}), s.trials, count),
-      b.measure(verified<verified_denominator>(paper), s.trials, count),
-      own,
-  };
+  const bench::call fast = from_index(ours, b.index());
+  const outcome own = b.measure(fast, s.trials, count);
+  const bench::call dense = [](const auto& q, const auto& cache, const auto& options, const auto& result, auto& memory,
+                               const auto&) { return exact_attention(q, cache, options, result, memory); };
+  const std::vector<bench::call> calls{dense,
+                                       fixed({.sinks = ours.sinks, .window = ours.window}),
+                                       fixed({.heavy = own.density}),
+                                       fixed({.sampled = own.density}),
+                                       verified<verified_denominator>(paper),
+                                       verified<default_policy>(ours),
+                                       fast};
+  std::vector<outcome> all;
+  for (std::size_t i = 0; i + 1 < calls.size(); ++i)
+    all.push_back(b.measure(calls[i], i < fixed_methods ? 1 : s.trials, count));
+  all.push_back(own);
+  const std::vector<double> ms = b.time(calls, count);
   for (std::size_t i = 0; i < all.size(); ++i) {
     all[i].regime = regime;
     all[i].method = method_names[i];
+    all[i].ms = ms[i];
   }
   return all;
 }
 
-void print_row(const char* regime, const outcome& o) {
-  std::printf("%-13s %-13s %8.4f %11.3g %11.3g %8.3f %7.3f\n", regime, o.method.c_str(), o.density, o.error_mean,
-              o.error_p90, o.failures, o.exact_share);
+void print_row(const char* regime, const outcome& o, double dense_ms) {
+  std::printf("%-9s %-13s %8.4f %10.2g %10.2g %9.3f %7.3f %8.2f %8.1f\n", regime, o.method.c_str(), o.density,
+              o.error_mean, o.error_p90, o.failures, o.exact_share, o.ms, dense_ms / o.ms);
 }
 
 void print_heading(const settings& s) {
   std::printf("n = %lld, dim = %lld, values '%s', epsilon = %g, delta = %g, %lld draws\n\n",
               static_cast<long long>(s.n), static_cast<long long>(s.dim), s.values.c_str(), s.epsilon, s.delta,
               static_cast<long long>(s.trials));
-  std::printf("%-13s %-13s %8s %11s %11s %8s %7s\n", "regime", "method", "density", "mean error", "90 % error",
-              "failures", "exact");
+  std::printf("%-9s %-13s %8s %10s %10s %9s %7s %8s %8s\n", "regime", "method", "density", "mean error", "90 % error",
+              "failures", "exact", "ms", "speed-up");
 }
 
-// Means over the regimes; of the failures, the worst.
+// Means over the regimes; of the failures, the worst; of the speed-ups, that of all time taken.
 void print_summary(const std::vector<outcome>& all, const settings& s) {
   const double share = static_cast<double>(std::size(method_names)) / static_cast<double>(all.size());
+  double dense_ms = 0;
   for (const char* name : method_names) {
     outcome mean;
     mean.method = name;
@@ -170,25 +218,30 @@ void print_summary(const std::vector<outcome>& all, const settings& s) {
       mean.error_p90 = std::max(mean.error_p90, o.error_p90);
       mean.failures = std::max(mean.failures, o.failures);
       mean.exact_share += share * o.exact_share;
+      mean.ms += share * o.ms;
     }
-    print_row(name == method_names[0] ? "all (*)" : "", mean);
+    if (name == method_names[0]) dense_ms = mean.ms;
+    print_row(name == method_names[0] ? "all (*)" : "", mean, dense_ms);
   }
   std::printf(
       "\n(*) means over the regimes, but the worst 90 %% error and the worst failures.\n"
       "density   share of the rows of K and V that the output is made of\n"
       "error     |o^ - o| / |o| against double precision\n"
-      "failures  share of draws with error > %g. vattention promises at most %g; paper promises that of the\n"
+      "failures  share of draws with error > %g. ranked and vattention promise at most %g; paper promises that of the\n"
       "          denominator alone; the others promise nothing. dense, sinks+window and top-k do not draw: 0 or 1.\n"
-      "top-k and sampling read as many rows as vattention did, and nothing else.\n",
+      "ms        of a step of one head on one thread, choosing and verifying included; speed-up over dense\n"
+      "top-k and sampling read as many rows as vattention did. top-k, paper and ranked choose by exact scores, which "
+      "takes\n"
+      "every key: the best choice that there is, and no time saved. vattention chooses by an index of 2-bit codes.\n",
       s.epsilon, s.delta);
 }
 
 void write_csv(std::FILE* csv, const std::vector<outcome>& rows, const settings& s) {
   for (const outcome& o : rows) {
-    std::fprintf(csv, "%s,%s,%lld,%lld,%s,%.9g,%.9g,%lld,%llu,%.9g,%.9g,%.9g,%.9g,%.9g\n", o.regime.c_str(),
+    std::fprintf(csv, "%s,%s,%lld,%lld,%s,%.9g,%.9g,%lld,%llu,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g\n", o.regime.c_str(),
                  o.method.c_str(), static_cast<long long>(s.n), static_cast<long long>(s.dim), s.values.c_str(),
                  s.epsilon, s.delta, static_cast<long long>(s.trials), static_cast<unsigned long long>(s.seed),
-                 o.density, o.error_mean, o.error_p90, o.failures, o.exact_share);
+                 o.density, o.error_mean, o.error_p90, o.failures, o.exact_share, o.ms);
   }
   if (std::fflush(csv) != 0) throw std::runtime_error("the CSV file cannot be written: is the disk full?");
 }
@@ -230,17 +283,18 @@ void run(settings s) {
     csv.reset(std::fopen(s.csv.c_str(), "w"));
     if (!csv) throw std::runtime_error("cannot write " + s.csv + ": does its folder exist?");
     std::fputs(
-        "regime,method,n,dim,values,epsilon,delta,trials,seed,density,error_mean,error_p90,failures,exact_share\n",
+        "regime,method,n,dim,values,epsilon,delta,trials,seed,density,error_mean,error_p90,failures,exact_share,ms\n",
         csv.get());
   }
   print_heading(s);
-  support::progress count("synthetic", static_cast<std::int64_t>(s.regimes.size()) * (random_methods * s.trials + 3));
+  support::progress count("synthetic", static_cast<std::int64_t>(s.regimes.size()) *
+                                           (random_methods * s.trials + fixed_methods + s.repeats + 1));
   std::vector<outcome> all;
   for (const std::string& regime : s.regimes) {
     count.label("synthetic, " + regime);
     const std::vector<outcome> rows = run_regime(s, regime, count);
     count.pause();
-    for (const outcome& o : rows) print_row(&o == rows.data() ? regime.c_str() : "", o);
+    for (const outcome& o : rows) print_row(&o == rows.data() ? regime.c_str() : "", o, rows[0].ms);
     std::printf("\n");
     std::fflush(stdout);
     if (csv) write_csv(csv.get(), rows, s);
@@ -261,10 +315,14 @@ int main(int argc, char** argv) {
   app.add_option("--dim", s.dim, "head size; default 128")->check(CLI::Range(1, 4096))->type_name("D");
   app.add_option("--epsilon", s.epsilon, "error allowed, in (0, 1); default 0.05")->type_name("E");
   app.add_option("--delta", s.delta, "share of draws that may exceed it, in (0, 1); default 0.1")->type_name("D");
-  app.add_option("--trials", s.trials, "draws for each method; default 300")
+  app.add_option("--trials", s.trials, "draws for each method; default 200")
       ->check(CLI::Range(1, 10000000))
       ->type_name("N");
-  app.add_option("--values", s.values, "default mean")->check(CLI::IsMember(vattn::synthetic::value_kinds()));
+  app.add_option("--repeats", s.repeats, "calls that are timed; default 7")
+      ->check(CLI::Range(1, 100000))
+      ->type_name("N");
+  app.add_option("--values", s.values, "default follow: values that depend on logits, as models' do")
+      ->check(CLI::IsMember(vattn::synthetic::value_kinds()));
   app.add_option("--regimes", s.regimes, "names, or standard (default), hostile, all; separated by commas")
       ->delimiter(',')
       ->type_name("LIST");
