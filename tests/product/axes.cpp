@@ -35,7 +35,7 @@ const std::vector<axis_table>& axes() {
       {"promise", {"0.3 at 0.3", "0.1 at 0.1", "0.3 at 0.3 jointly"}},
       {"scale", {"output", "rms"}},
       {"ends", {"4 and 8", "none", "16 and 40"}},
-      {"rule", {"8 looks", "2 looks, the last accepted", "density 1"}},
+      {"rule", {"8 looks", "2 looks, the last accepted", "density 1", "1 look"}},
       {"regime", {"flat", "peaked", "needles"}},
   };
   return tables;

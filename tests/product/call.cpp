@@ -193,6 +193,7 @@ call::call(const scenario& s) : of(s), rows(rows_of(s)), audit(s[observer_axis] 
   settings.min_sample = 16;
   if (s[rule_axis] == 1) settings.max_rounds = 2, settings.accept_last = true;
   if (s[rule_axis] == 2) settings.max_density = 1;
+  if (s[rule_axis] == 3) settings.max_rounds = 1;
   key = {.seed = s.seed, .layer = 3, .step = 1000 + s.seed % 17};
   // Without keys of their own sequences draw alike, and what fails for one fails for another.
   for (index_t b = 0; b < d.batch; ++b)
