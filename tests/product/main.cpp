@@ -2,8 +2,8 @@
 //   product_tests                     the array once
 //   product_tests --arrays 10         ten of them, of other seeds: for an hour, not for a minute
 //   product_tests --case SEED:LEVELS  one row, as a failure prints it
-// --seed N: the first array's; --list: rows and no calls; --most N: the first N rows; --policy NAME: rows of that
-// alone.
+// --seed N: the first array's; --list: rows and no calls; --longest N: rows of no more tokens; --most N: the first N of
+// the rows; --policy NAME: rows of that alone.
 #include <unistd.h>
 
 #include <chrono>
@@ -101,7 +101,7 @@ bool judge(const char* what, const std::map<double, tally::promise>& promises) {
 // What the command line asks for.
 struct order {
   unsigned seed = 1, arrays = 1;
-  long most = -1;
+  long most = -1, longest = -1;
   bool list = false, first = false;
   std::string policy, one, file;
 
@@ -128,6 +128,8 @@ struct order {
         arrays = static_cast<unsigned>(number());
       } else if (option == "--most") {
         most = number();
+      } else if (option == "--longest") {
+        longest = number();
       } else {
         return false;
       }
@@ -165,7 +167,8 @@ std::optional<std::vector<scenario>> cases(const order& o) {
       scenario s;
       for (std::size_t a = 0; a < n_axes; ++a) s.level[a] = row[a];
       s.seed = static_cast<std::uint32_t>(random() % 1000000);
-      if (value(policy_axis, row[policy_axis]).find(o.policy) != std::string::npos) all.push_back(s);
+      const bool short_enough = o.longest < 0 || all_lengths[static_cast<std::size_t>(s[length_axis])] <= o.longest;
+      if (short_enough && value(policy_axis, row[policy_axis]).find(o.policy) != std::string::npos) all.push_back(s);
     }
   }
   if (o.most >= 0 && all.size() > static_cast<std::size_t>(o.most)) all.resize(static_cast<std::size_t>(o.most));
@@ -196,7 +199,7 @@ int main(int argc, char** argv) {
   order o;
   if (!o.read(argc, argv)) {
     std::printf(
-        "product_tests [--arrays N] [--seed N] [--most N] [--policy PART OF A NAME] [--first] [--list]\n"
+        "product_tests [--arrays N] [--seed N] [--longest N] [--most N] [--policy PART OF A NAME] [--first] [--list]\n"
         "product_tests --case SEED:LEVELS | --cases FILE [--first]\n");
     return 2;
   }
@@ -215,7 +218,7 @@ int main(int argc, char** argv) {
     if (failures > 0 && o.first) return 1;
   }
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-  const bool whole = o.one.empty() && o.file.empty() && o.most < 0 && o.policy.empty();
+  const bool whole = o.one.empty() && o.file.empty() && o.most < 0 && o.longest < 0 && o.policy.empty();
   bool holds = judge("target", all.outputs);
   holds = judge("denominator", all.denominators) && holds;
   holds = (!whole || all_sampled(all)) && holds;
