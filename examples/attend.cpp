@@ -27,18 +27,17 @@ void check_request(request& r) {
     if (a.empty() || b.empty()) return false;
     return fs::equivalent(a, b, ignored) || fs::weakly_canonical(a, ignored) == fs::weakly_canonical(b, ignored);
   };
-  for (const auto& [name, out] : {std::pair{"--out", r.out_path}, std::pair{"--json", r.json_path}}) {
+  for (const auto& [name, out] :
+       {std::pair{"--out", r.out_path}, std::pair{"--json", r.json_path}, std::pair{"--html", r.html_path}}) {
     for (const auto& in : {r.q_path, r.k_path, r.v_path}) {
       if (same(out, in)) throw std::runtime_error(std::string(name) + " would overwrite the input " + in);
     }
   }
-  if (same(r.out_path, r.json_path) && (!fs::exists(r.out_path, ignored) || fs::is_regular_file(r.out_path, ignored)))
-    throw std::runtime_error("--out and --json are the same file: give each its own");
-
+  refuse_same_file({{"--out", r.out_path}, {"--json", r.json_path}, {"--html", r.html_path}});
   settle(r);
 }
 
-void print_summary(const nlohmann::ordered_json& s, const request& r) {
+void print_summary(const json& s, const request& r) {
   const auto value = [&](const char* key) { return s[key].is_number() ? s[key].get<double>() : 0.0; };
   const std::string promise = promises(r.how) ? s["target"].get<std::string>() + ", " + s["bound"].get<std::string>()
                                               : std::string("promises nothing");
@@ -94,10 +93,11 @@ void run(request r) {
     if (out) out->append(output);
   }
   count.finish();
-  const nlohmann::ordered_json summary = rep.finish(count.elapsed());
+  const json summary = rep.finish(count.elapsed());
   if (out) out->commit();
   rep.publish();
-  if (r.out_path != "/dev/stdout" && r.json_path != "/dev/stdout") print_summary(summary, r);
+  if (r.out_path != "/dev/stdout" && r.json_path != "/dev/stdout" && r.html_path != "/dev/stdout")
+    print_summary(summary, r);
 }
 
 // One line, whatever a message or a path holds.

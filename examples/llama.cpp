@@ -6,6 +6,7 @@
 #include <new>
 #include <string>
 
+#include "common/report_files.hpp"
 #include "llama/options.hpp"
 #include "llama/report.hpp"
 #include "support/atomic_file.hpp"
@@ -34,6 +35,7 @@ void check_request(const request& r) {
   if ((r.logits > 0) != !r.out_path.empty()) refuse("--logits and --out go together");
   if (r.prompts_path.empty() && (!r.filter.task.empty() || r.filter.length > 0 || r.filter.limit > 0))
     refuse("--task, --length and --limit choose among --prompts");
+  examples::refuse_same_file({{"--json", r.json_path}, {"--html", r.html_path}, {"--csv", r.csv_path}});
   std::error_code ignored;
   if (!r.evaluation.cache_folder.empty() && !std::filesystem::is_directory(r.evaluation.cache_folder, ignored))
     throw std::runtime_error("--cache-dir " + r.evaluation.cache_folder + " is no folder: make it first");
@@ -82,26 +84,28 @@ void generate(const request& r, const model& m, const tokenizer& tokens, const m
                  static_cast<double>(d.tokens) / d.seconds, d.density());
 }
 
-void publish(const request& r, const model& m, const std::vector<score>& scores,
-             std::unique_ptr<support::atomic_file> json_file, std::unique_ptr<support::atomic_file> csv_file) {
+void publish(const request& r, const model& m, const std::vector<score>& scores, examples::report_files& files,
+             std::unique_ptr<support::atomic_file> csv_file) {
   std::vector<json> rows;
   for (const score& s : scores) rows.push_back(row_of(s, m.config.heads));
-  if (json_file) {
+  if (files) {
     json j;
+    j["program"] = "llama";
     j["model"] = r.model_path, j["cache_type"] = to_string(r.evaluation.type), j["threads"] = r.threads;
     j["selector"] = r.choice.selector, j["sampler"] = examples::to_string(r.choice.sampler), j["bits"] = r.choice.bits;
     j["bound"] = examples::to_string(r.choice.bound), j["target"] = to_string(r.choice.target);
     j["scale"] = to_string(r.choice.settings.scale), j["share_group"] = r.choice.share_group;
     j["sinks"] = r.choice.settings.sinks, j["window"] = r.choice.settings.window, j["seed"] = r.evaluation.seed;
     j["rows"] = rows;
-    json_file->stream() << dump(j, 1) << '\n';
-    json_file->commit();
+    files.write(dump(j, 1) + '\n');
+    files.commit();
   }
   if (csv_file) {
-    write_csv(csv_file->stream(), rows);
+    if (!rows.empty()) examples::write_csv_line(csv_file->stream(), rows.front(), true);
+    for (const json& row : rows) examples::write_csv_line(csv_file->stream(), row, false);
     csv_file->commit();
   }
-  if (r.json_path != "/dev/stdout" && r.csv_path != "/dev/stdout") print_table(rows);
+  if (r.json_path != "/dev/stdout" && r.html_path != "/dev/stdout" && r.csv_path != "/dev/stdout") print_table(rows);
 }
 
 void execute(const request& r) {
@@ -121,15 +125,15 @@ void execute(const request& r) {
   } else {
     prompts = read_prompts(r.prompts_path, r.filter, tokens);
   }
-  std::unique_ptr<support::atomic_file> json_file, csv_file;
-  if (!r.json_path.empty()) json_file = std::make_unique<support::atomic_file>(r.json_path);
+  examples::report_files files(r.json_path, r.html_path, "llama: " + r.model_path);
+  std::unique_ptr<support::atomic_file> csv_file;
   if (!r.csv_path.empty()) csv_file = std::make_unique<support::atomic_file>(r.csv_path);
   const std::vector<score> scores =
       r.bytes > 0 ? evaluate_text(m, text, r.context, methods, r.evaluation, pool)
                   : evaluate(m, prompts, methods, r.evaluation, pool, [](const std::string& line) {
                       std::fprintf(stderr, "llama: %s\n", one_line(line).c_str());
                     });
-  publish(r, m, scores, std::move(json_file), std::move(csv_file));
+  publish(r, m, scores, files, std::move(csv_file));
 }
 
 int fail(int code, const std::string& what, const char* hint = "") {

@@ -6,8 +6,8 @@
 #include <cmath>
 #include <cstdio>
 #include <exception>
+#include <fstream>
 #include <functional>
-#include <memory>
 #include <mutex>
 #include <new>
 #include <string>
@@ -16,6 +16,8 @@
 
 #include "common/methods.hpp"
 #include "common/reference.hpp"
+#include "common/report_files.hpp"
+#include "common/rows.hpp"
 #include "common/value_norms.hpp"
 #include "support/progress.hpp"
 #include "support/regimes.hpp"
@@ -27,7 +29,7 @@ struct settings {
   index_t n = 32768, dim = 128;
   double epsilon = 0.05, delta = 0.1;
   std::int64_t trials = 200, repeats = 7;
-  std::string values = "follow", csv;
+  std::string values = "follow", csv, json, html;
   std::vector<std::string> regimes{"standard"};
   std::uint64_t seed = 1;
   index_t threads = 0;
@@ -35,7 +37,7 @@ struct settings {
 
 /// One method on one regime, over its draws.
 struct outcome {
-  std::string regime, method;
+  std::string regime, method, promise;  // promise: what is within epsilon in all but delta of the draws
   double density = 0, error_mean = 0, error_p90 = 0, failures = 0, exact_share = 0;
   double ms = 0;  ///< of a call on one thread, the median
 };
@@ -156,6 +158,7 @@ bench::call from_index(const config& c, std::span<const kv_index> index) {
 }
 
 constexpr const char* method_names[] = {"dense", "sinks+window", "top-k", "sampling", "paper", "ranked", "vattention"};
+constexpr const char* promises[] = {"none", "none", "none", "none", "denominator", "output", "output"};
 constexpr int random_methods = 4, fixed_methods = 3;
 
 std::vector<outcome> run_regime(const settings& s, const std::string& regime, support::progress& count) {
@@ -186,6 +189,7 @@ std::vector<outcome> run_regime(const settings& s, const std::string& regime, su
   for (std::size_t i = 0; i < all.size(); ++i) {
     all[i].regime = regime;
     all[i].method = method_names[i];
+    all[i].promise = promises[i];
     all[i].ms = ms[i];
   }
   return all;
@@ -236,14 +240,20 @@ void print_summary(const std::vector<outcome>& all, const settings& s) {
       s.epsilon, s.delta);
 }
 
-void write_csv(std::FILE* csv, const std::vector<outcome>& rows, const settings& s) {
-  for (const outcome& o : rows) {
-    std::fprintf(csv, "%s,%s,%lld,%lld,%s,%.9g,%.9g,%lld,%llu,%.9g,%.9g,%.9g,%.9g,%.9g,%.9g\n", o.regime.c_str(),
-                 o.method.c_str(), static_cast<long long>(s.n), static_cast<long long>(s.dim), s.values.c_str(),
-                 s.epsilon, s.delta, static_cast<long long>(s.trials), static_cast<unsigned long long>(s.seed),
-                 o.density, o.error_mean, o.error_p90, o.failures, o.exact_share, o.ms);
-  }
-  if (std::fflush(csv) != 0) throw std::runtime_error("the CSV file cannot be written: is the disk full?");
+// The columns of the CSV, and what the JSON has of each.
+json row_of(const outcome& o, const settings& s) {
+  return {{"regime", o.regime},     {"method", o.method},           {"n", s.n},
+          {"dim", s.dim},           {"values", s.values},           {"epsilon", s.epsilon},
+          {"delta", s.delta},       {"trials", s.trials},           {"seed", s.seed},
+          {"density", o.density},   {"error_mean", o.error_mean},   {"error_p90", o.error_p90},
+          {"failures", o.failures}, {"exact_share", o.exact_share}, {"ms", o.ms},
+          {"promise", o.promise}};
+}
+
+void write_csv(std::ostream& csv, const std::vector<outcome>& rows, const settings& s, bool header) {
+  if (header) write_csv_line(csv, row_of(rows.front(), s), true);
+  for (const outcome& o : rows) write_csv_line(csv, row_of(o, s), false);
+  if (!csv.flush()) throw std::runtime_error("the CSV file cannot be written: is the disk full?");
 }
 
 // Replaces the names of sets by their members, and checks every name before the first cache is made.
@@ -278,13 +288,12 @@ void run(settings s) {
   if (const status bad = c.validate(); !bad) throw std::runtime_error(bad.message());
   if (s.threads == 0) s.threads = std::clamp<index_t>(std::thread::hardware_concurrency(), 1, 64);
 
-  std::unique_ptr<std::FILE, int (*)(std::FILE*)> csv(nullptr, std::fclose);
+  refuse_same_file({{"--json", s.json}, {"--html", s.html}, {"--csv", s.csv}});
+  report_files files(s.json, s.html, "synthetic: n = " + std::to_string(s.n) + ", values '" + s.values + "'");
+  std::ofstream csv;
   if (!s.csv.empty()) {
-    csv.reset(std::fopen(s.csv.c_str(), "w"));
+    csv.open(s.csv);
     if (!csv) throw std::runtime_error("cannot write " + s.csv + ": does its folder exist?");
-    std::fputs(
-        "regime,method,n,dim,values,epsilon,delta,trials,seed,density,error_mean,error_p90,failures,exact_share,ms\n",
-        csv.get());
   }
   print_heading(s);
   support::progress count("synthetic", static_cast<std::int64_t>(s.regimes.size()) *
@@ -297,11 +306,17 @@ void run(settings s) {
     for (const outcome& o : rows) print_row(&o == rows.data() ? regime.c_str() : "", o, rows[0].ms);
     std::printf("\n");
     std::fflush(stdout);
-    if (csv) write_csv(csv.get(), rows, s);
+    if (csv.is_open()) write_csv(csv, rows, s, all.empty());
     all.insert(all.end(), rows.begin(), rows.end());
   }
   count.finish();
   print_summary(all, s);
+  if (files) {
+    json j{{"program", "synthetic"}, {"threads", s.threads}, {"repeats", s.repeats}, {"rows", json::array()}};
+    for (const outcome& o : all) j["rows"].push_back(row_of(o, s));
+    files.write(dump(j, 1) + '\n');
+    files.commit();
+  }
 }
 
 }  // namespace
@@ -331,6 +346,8 @@ int main(int argc, char** argv) {
       ->check(CLI::Range(0, 64))
       ->type_name("T");
   app.add_option("--csv", s.csv, "write the table as it grows")->type_name("FILE");
+  app.add_option("--json", s.json, "write the table, with the columns' names of --csv")->type_name("FILE");
+  app.add_option("--html", s.html, "write a page that shows it, in one file")->type_name("FILE");
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& e) {

@@ -22,6 +22,9 @@ inline void add_options(CLI::App& app, request& r) {
       ->type_name("FILE")
       ->group("Arrays");
   app.add_option("--json", r.json_path, "write a summary and every certificate")->type_name("FILE")->group("Arrays");
+  app.add_option("--html", r.html_path, "write a page that shows them, in one file")
+      ->type_name("FILE")
+      ->group("Arrays");
 
   add_number(app, "Attention", "--scale", r.scale, "logit = scale q.k; default 1/sqrt(Dk)");
   add_number(app, "Attention", "--softcap", r.options.softcap, "cap of the logits, cap tanh(logit/cap); 0 = none");

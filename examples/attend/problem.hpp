@@ -15,7 +15,7 @@ namespace vattn::examples {
 
 /// The command line.
 struct request : method_choice {
-  std::string q_path, k_path, v_path, out_path, json_path;
+  std::string q_path, k_path, v_path, out_path, json_path, html_path;
   bool bfloat16 = false;  ///< uint16 arrays hold bfloat16
   attention_options options{};
   std::optional<float> scale;  ///< default 1/sqrt(Dk)

@@ -1,27 +1,28 @@
-// The JSON report and its summary: every certificate beside the error that was measured.
+// The report, as JSON and as a page, and its summary: every certificate beside the error that was measured.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
-#include <memory>
-#include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
 
 #include "attend/problem.hpp"
-#include "support/atomic_file.hpp"
+#include "common/report_files.hpp"
+#include "common/rows.hpp"
 
 namespace vattn::examples {
 
 /// Certificates are written as they come, one a line: many trials of many heads do not fit in memory twice.
 class report {
  public:
-  report(const request& r, const problem& p) : request_(r), problem_(p), head_failures_(count(p.heads)) {
+  report(const request& r, const problem& p)
+      : request_(r),
+        problem_(p),
+        files_(r.json_path, r.html_path, std::string("attend: ") + to_string(r.how) + ", " + r.q_path),
+        head_failures_(count(p.heads)) {
     // Top-k and the like promise nothing; what they are measured by is the output.
     promised_ = promises(r.how) ? r.target : target_kind::output;
-    if (r.json_path.empty()) return;
-    file_ = std::make_unique<support::atomic_file>(r.json_path);
-    file_->stream() << "{\n\"certificates\": [";
+    files_.write("{\n\"program\": \"attend\",\n\"certificates\": [");
   }
 
   void add(std::int64_t trial, index_t token, index_t head, const certificate& c, const row_error& e) {
@@ -33,8 +34,8 @@ class report {
     rows_sum_ += static_cast<double>(c.rows());
     failures_ += failed, exact_ += c.exact(), saturated_ += c.saturated;
     head_failures_[count(head)] += failed;
-    if (!file_) return;
-    nlohmann::ordered_json j;
+    if (!files_) return;
+    json j;
     j["trial"] = trial, j["token"] = token, j["head"] = head;
     j["n"] = c.n, j["rows"] = c.rows(), j["rows_exact"] = c.rows_exact, j["rows_sampled"] = c.rows_sampled;
     j["budget"] = c.budget, j["density"] = c.density();
@@ -50,14 +51,14 @@ class report {
     j["target"] = vattn::to_string(c.target), j["scale"] = vattn::to_string(c.scale);
     j["bound"] = c.bound, j["guarantee"] = vattn::to_string(c.promise), j["assumptions"] = c.assumptions;
     j["coherence"] = c.coherence, j["rounds"] = c.rounds, j["breaches"] = c.breaches;
-    file_->stream() << (errors_.size() > 1 ? ",\n" : "\n") << dump(j);
+    files_.write((errors_.size() > 1 ? ",\n" : "\n") + dump(j));
   }
 
   /// Ends the file, without publishing it, and returns the summary.
-  nlohmann::ordered_json finish(double seconds) {
+  json finish(double seconds) {
     const double rows = static_cast<double>(std::max<std::size_t>(1, errors_.size()));
     const double per_head = rows / static_cast<double>(problem_.heads);
-    nlohmann::ordered_json s;
+    json s;
     s["method"] = to_string(request_.how);
     if (promises(request_.how)) {
       s["target"] = vattn::to_string(request_.target), s["bound"] = to_string(request_.bound);
@@ -84,20 +85,14 @@ class report {
     s["worst_head_failures"] = static_cast<double>(*worst) / per_head;
     s["worst_head"] = worst - head_failures_.begin();
     s["seconds"] = seconds;
-    if (file_) file_->stream() << "\n],\n\"summary\": " << dump(s, 1) << "\n}\n";
+    files_.write("\n],\n\"summary\": " + dump(s, 1) + "\n}\n");
     return s;
   }
 
-  void publish() {
-    if (file_) file_->commit();
-  }
+  void publish() { files_.commit(); }
 
  private:
   [[nodiscard]] static std::size_t count(index_t i) { return static_cast<std::size_t>(i); }
-  // Anything that is no UTF-8 is replaced, numbers that are not finite become null: the file stays JSON.
-  [[nodiscard]] static std::string dump(const nlohmann::ordered_json& j, int indent = -1) {
-    return j.dump(indent, ' ', false, nlohmann::ordered_json::error_handler_t::replace);
-  }
   [[nodiscard]] static double p90(std::vector<float>& x) {
     if (x.empty()) return 0;
     const auto at = x.begin() + static_cast<std::ptrdiff_t>(std::ceil(0.9 * static_cast<double>(x.size()))) - 1;
@@ -114,7 +109,7 @@ class report {
 
   const request& request_;
   const problem& problem_;
-  std::unique_ptr<support::atomic_file> file_;
+  report_files files_;
   target_kind promised_;
   std::vector<float> errors_, target_errors_;
   double error_sum_ = 0, target_error_sum_ = 0, density_sum_ = 0, rows_sum_ = 0;

@@ -27,7 +27,7 @@ struct request {
   std::vector<double> epsilons{0.1}, densities;
   evaluation_options evaluation{};
   index_t threads = 1;
-  std::string out_path, json_path, csv_path;
+  std::string out_path, json_path, html_path, csv_path;
 };
 
 inline void add_options(CLI::App& app, request& r) {
@@ -97,6 +97,7 @@ inline void add_options(CLI::App& app, request& r) {
   count("Run", "--threads", r.threads, "results do not depend on it; default: all")->check(CLI::Range(1, 256));
   file("Results", "--out", r.out_path, "the logits, as .npy");
   file("Results", "--json", r.json_path, "write the report, and every layer and head with --audit");
+  file("Results", "--html", r.html_path, "write a page that shows that report, in one file");
   file("Results", "--csv", r.csv_path, "write the report's rows");
 }
 

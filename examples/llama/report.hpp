@@ -1,18 +1,18 @@
-// Scores as a table, as JSON and as CSV.
+// Scores as rows of a report, and as a table.
 #pragma once
 
 #include <algorithm>
 #include <cstdio>
-#include <nlohmann/json.hpp>
-#include <ostream>
 #include <string>
 #include <vector>
 
+#include "common/rows.hpp"
 #include "llama/evaluate.hpp"
 
 namespace vattn::llama {
 
-using json = nlohmann::ordered_json;
+using examples::dump;
+using examples::json;
 
 /// A score as a row of the report; what a run does not have is null.
 [[nodiscard]] inline json row_of(const score& s, index_t heads) {
@@ -69,31 +69,6 @@ using json = nlohmann::ordered_json;
   j["index_s"] = share(s.index_seconds, static_cast<double>(s.contexts));
   if (d.audited) j["layers"] = std::move(layers);
   return j;
-}
-
-[[nodiscard]] inline std::string dump(const json& j, int indent = -1) {
-  return j.dump(indent, ' ', false, json::error_handler_t::replace);
-}
-
-/// One line a row, the rows' scalars as columns.
-inline void write_csv(std::ostream& out, const std::vector<json>& rows) {
-  for (std::size_t i = 0; i < rows.size(); ++i) {
-    for (int header = i == 0; header >= 0; --header) {
-      bool first = true;
-      for (const auto& [key, value] : rows[i].items()) {
-        if (key == "layers") continue;
-        std::string cell = header              ? key
-                           : value.is_null()   ? ""
-                           : value.is_string() ? value.get<std::string>()
-                                               : dump(value);
-        std::replace_if(
-            cell.begin(), cell.end(), [](char c) { return c == ',' || c == '"' || c == '\n' || c == '\r'; }, ' ');
-        out << (first ? "" : ",") << cell;
-        first = false;
-      }
-      out << '\n';
-    }
-  }
 }
 
 inline void print_table(const std::vector<json>& rows) {

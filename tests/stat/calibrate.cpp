@@ -8,7 +8,10 @@
 #include <memory>
 #include <mutex>
 #include <numeric>
+#include <utility>
 
+#include "common/report_files.hpp"
+#include "common/rows.hpp"
 #include "stat/binomial.hpp"
 #include "stat/experiment.hpp"
 #include "support/progress.hpp"
@@ -28,7 +31,7 @@ struct options {
   long draws = 200;
   std::uint64_t seed = 1;
   int threads = 1;
-  std::string type = "float", target = "output", bound = "clt", mode = "importance", csv, real;
+  std::string type = "float", target = "output", bound = "clt", mode = "importance", csv, json, html, real;
   index_t sinks = 128, window = 128;
 };
 
@@ -159,16 +162,37 @@ std::vector<cell> run_source(const source& from, const options& o, std::uint64_t
   return cells;
 }
 
-void write_rows(std::ostream& out, const options& o, const std::vector<cell>& cells) {
-  for (const cell& c : cells) {
-    const summary& s = c.s;
-    out << c.regime << ',' << c.values << ',' << c.n << ',' << o.dim << ',' << o.type << ',' << o.target << ','
-        << o.bound << ',' << to_string(c.scale) << ',' << c.epsilon << ',' << c.delta << ',' << s.draws << ','
-        << s.failures << ',' << s.failure_share() << ',' << binomial_upper_tail(s.failures, s.draws, c.delta) << ','
-        << s.uncovered << ',' << s.density << ',' << s.rounds << ','
-        << static_cast<double>(s.exact) / static_cast<double>(s.draws) << ',' << s.quantile(0.5) << ','
-        << s.quantile(0.9) << ',' << s.quantile(1 - c.delta) << ',' << s.achieved_mean << ',' << c.coherence << '\n';
-  }
+// The columns of the CSV, and what the JSON has of each.
+examples::json row_of(const cell& c, const options& o) {
+  const summary& s = c.s;
+  return {{"regime", c.regime},
+          {"values", c.values},
+          {"n", c.n},
+          {"dim", o.dim},
+          {"type", o.type},
+          {"target", o.target},
+          {"bound", o.bound},
+          {"scale", to_string(c.scale)},
+          {"epsilon", c.epsilon},
+          {"delta", c.delta},
+          {"draws", s.draws},
+          {"failures", s.failures},
+          {"failure_share", s.failure_share()},
+          {"p_value", binomial_upper_tail(s.failures, s.draws, c.delta)},
+          {"uncovered", s.uncovered},
+          {"density", s.density},
+          {"rounds", s.rounds},
+          {"exact_share", static_cast<double>(s.exact) / static_cast<double>(s.draws)},
+          {"error_p50", s.quantile(0.5)},
+          {"error_p90", s.quantile(0.9)},
+          {"error_quantile", s.quantile(1 - c.delta)},
+          {"achieved_mean", s.achieved_mean},
+          {"coherence", c.coherence}};
+}
+
+void write_rows(std::ostream& out, const options& o, const std::vector<cell>& cells, bool header) {
+  if (header) examples::write_csv_line(out, row_of(cells.front(), o), true);
+  for (const cell& c : cells) examples::write_csv_line(out, row_of(c, o), false);
   out.flush();
 }
 
@@ -255,20 +279,22 @@ int main(int argc, char** argv) {
   app.add_option("--threads", o.threads)->check(CLI::PositiveNumber)->capture_default_str();
   app.add_option("--real", o.real, "prefix of real tensors: PREFIX_q.npy, PREFIX_k.npy, PREFIX_v.npy (causal)");
   app.add_option("--csv", o.csv, "a row for each cell, written as it goes");
+  app.add_option("--json", o.json, "the cells, with the columns' names of --csv");
+  app.add_option("--html", o.html, "a page that shows them, in one file");
   CLI11_PARSE(app, argc, argv);
 
   try {
     const std::vector<source> sources = o.real.empty() ? synthetic_sources(o) : real_sources(o.real);
+    examples::refuse_same_file({{"--json", o.json}, {"--html", o.html}, {"--csv", o.csv}});
+    examples::report_files files(o.json, o.html, "calibrate: " + (o.real.empty() ? "synthetic caches" : o.real));
     std::ofstream csv;
     if (!o.csv.empty()) {
       csv.open(o.csv);
       if (!csv) throw std::runtime_error("cannot write " + o.csv);
-      csv << "regime,values,n,dim,type,target,bound,scale,epsilon,delta,draws,failures,failure_share,p_value,uncovered,"
-             "density,"
-             "rounds,exact_share,error_p50,error_p90,error_quantile,achieved_mean,coherence\n";
     }
     std::mutex mutex;
-    std::vector<cell> all;
+    std::vector<std::vector<cell>> of_source(sources.size());
+    bool header = true;
     std::string failure;
     {
       support::progress progress("calibrate: caches", static_cast<std::int64_t>(sources.size()));
@@ -277,12 +303,12 @@ int main(int argc, char** argv) {
         try {
           const source& from = sources[static_cast<std::size_t>(i)];
           const std::uint64_t seed = o.seed * 100000 + static_cast<std::uint64_t>(i);
-          const std::vector<cell> cells = o.type == "half"       ? run_source<Eigen::half>(from, o, seed)
-                                          : o.type == "bfloat16" ? run_source<Eigen::bfloat16>(from, o, seed)
-                                                                 : run_source<float>(from, o, seed);
+          std::vector<cell> cells = o.type == "half"       ? run_source<Eigen::half>(from, o, seed)
+                                    : o.type == "bfloat16" ? run_source<Eigen::bfloat16>(from, o, seed)
+                                                           : run_source<float>(from, o, seed);
           const std::lock_guard lock(mutex);
-          if (csv.is_open()) write_rows(csv, o, cells);
-          all.insert(all.end(), cells.begin(), cells.end());
+          if (csv.is_open()) write_rows(csv, o, cells, std::exchange(header, false));
+          of_source[static_cast<std::size_t>(i)] = std::move(cells);
         } catch (const std::exception& e) {
           const std::lock_guard lock(mutex);
           failure = e.what();
@@ -291,7 +317,16 @@ int main(int argc, char** argv) {
       });
     }
     if (!failure.empty()) throw std::runtime_error(failure);
-    return judge(all);
+    std::vector<cell> all;
+    for (const auto& cells : of_source) all.insert(all.end(), cells.begin(), cells.end());
+    const int verdict = judge(all);
+    if (files) {
+      examples::json j{{"program", "calibrate"}, {"kept", verdict == 0}, {"rows", examples::json::array()}};
+      for (const cell& c : all) j["rows"].push_back(row_of(c, o));
+      files.write(examples::dump(j, 1) + '\n');
+      files.commit();
+    }
+    return verdict;
   } catch (const std::exception& e) {
     std::cerr << "calibrate: " << e.what() << '\n';
     return 2;
