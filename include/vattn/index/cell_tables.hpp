@@ -39,12 +39,13 @@ struct cell_tables {
   /// log(r/unit) as the scan has it, without the least.
   [[nodiscard]] float log_reach(std::int16_t reach) const noexcept { return static_cast<float>(reach) * (1.0f / 512); }
 
+  /// Tables and their upper parts.
   [[nodiscard]] static std::size_t table_bytes(const cell_layout& codes, index_t heads) noexcept {
-    return static_cast<std::size_t>(heads * codes.groups) * 64;
+    return static_cast<std::size_t>(heads * codes.groups) * (64 + 16);
   }
   /// Floats of scratch for `make`.
   [[nodiscard]] static std::size_t scratch_size(const cell_layout& codes, index_t heads) noexcept {
-    return table_bytes(codes, heads) + codes.width;
+    return static_cast<std::size_t>(heads * codes.groups) * 64 + codes.width;
   }
 
   /// `queries` [heads, dim], scaled; `tables` [table_bytes()], kept by the query; `scratch` [scratch_size()]. False: a
@@ -68,34 +69,48 @@ struct cell_tables {
       for (std::size_t g = 0; g < groups; ++g) {
         const Eigen::Map<const entries> t(scratch.data() + i * size + g * 64);
         const float range = t.maxCoeff() - t.minCoeff();
-        delta = std::max(delta, range / scan_query::largest_entry);
+        delta = std::max(delta, range / (scan_query::largest_entry - 1));  // two parts are rounded
+
         all += range;
       }
-      // Entries are rounded up by less than 1 each.
+      // Entries are rounded up by 1 each at most.
       delta = std::max(delta, all / static_cast<float>(scan_query::largest_sum - codes.layout().groups));
     }
     const float unit = codes.units().scale;
     delta = std::max(delta, 16 * scan_query::smallest_step / unit);
     step = delta * unit / 16;
+    // A number's bits add up, so an entry is what bits 0 to 3 add and what 4 and 5 do, each in whole steps.
+    std::uint8_t* const upper = tables.data() + static_cast<std::size_t>(heads) * size;
     for (index_t h = 0; h < heads; ++h) {
       const auto i = static_cast<std::size_t>(h);
       float bias = 0;
       for (std::size_t g = 0; g < groups; ++g) {
         const std::size_t at = i * size + g * 64;
-        const Eigen::Map<const entries> t(scratch.data() + at);
-        const float low = t.minCoeff();
-        bias += low;
-        const Eigen::Array<int, 64, 1> whole = ((t - low) * (1 / delta) + 0.5f).cast<int>();
-        for (int e = 0; e < 64; ++e) tables[at + static_cast<std::size_t>(e)] = static_cast<std::uint8_t>(whole[e]);
+        const float* const t = scratch.data() + at;
+        const Eigen::Map<const Eigen::Array<float, 16, 1>> low_bits(t);
+        const float low = low_bits.minCoeff();
+        const std::array<float, 4> high_bits{0, t[16] - t[0], t[32] - t[0], t[48] - t[0]};
+        const float high = *std::min_element(high_bits.begin(), high_bits.end());
+        bias += low + high;
+        const Eigen::Array<int, 16, 1> whole = ((low_bits - low) * (1 / delta) + 0.5f).cast<int>();
+        std::uint8_t* const to = tables.data() + at;
+        for (int k = 0; k < 4; ++k) {
+          const int add = static_cast<int>((high_bits[static_cast<std::size_t>(k)] - high) * (1 / delta) + 0.5f);
+          for (int e = 0; e < 16; ++e) to[16 * k + e] = static_cast<std::uint8_t>(whole[e] + add);
+        }
+        for (int k = 0; k < 16; ++k)
+          upper[(i * groups + g) * 16 + static_cast<std::size_t>(k)] =
+              static_cast<std::uint8_t>(k < 4 ? to[16 * k] - to[0] : 0);
       }
       query.scan.bias[i] = static_cast<std::int16_t>(std::lround(16 * bias / delta));
     }
+    query.upper = upper;
     query.scan.tables = tables.data();
     query.scan.heads = static_cast<int>(heads);
     query.scan.noise_factor = static_cast<std::int16_t>(std::max(1l, std::lround(32768 / (1024 * step))));
     query.scan.reach_factor = static_cast<std::int16_t>(std::max(1l, std::lround(32768 / (512 * step))));
-    table_error =
-        16 * step * std::sqrt(static_cast<float>(groups) / 12) * 0.5f;  // α is half its unit at most, but for few keys
+    table_error = 16 * step * std::sqrt(static_cast<float>(2 * groups) / 12) *
+                  0.5f;  // α is half its unit at most, but for few keys
     unit_error = codes.units().radius / std::sqrt(static_cast<float>(codes.layout().width));
     return true;
   }

@@ -58,16 +58,70 @@ inline void scan_cells_portable(const cell_query& q, const code_blocks& codes, i
 }
 
 #if VATTN_DISPATCH
+VATTN_TARGET_AVX2 __attribute__((always_inline)) inline __m256i twice_256(const std::uint8_t* from) noexcept {
+  return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+// As sum_entries_256, of tables that are sums of two parts.
+template <int H>
+VATTN_TARGET_AVX2 __attribute__((always_inline)) inline void sum_parts_256(const cell_query& q,
+                                                                           const code_blocks& codes,
+                                                                           const std::byte* at, int head,
+                                                                           scanned_block& out) noexcept {
+  constexpr int fit = 8;  // entries in a byte
+  static_assert(fit * scan_query::largest_entry < 256);
+  const std::size_t groups = static_cast<std::size_t>(codes.groups), first = static_cast<std::size_t>(head) * groups;
+  const std::uint8_t *lower = q.scan.tables + first * 64, *upper = q.upper + first * 16;
+  const __m256i four_bits = _mm256_set1_epi8(0x0f);
+  __m256i even[std::size_t{H}][2], odd[std::size_t{H}][2];
+  VATTN_UNROLL for (int h = 0; h < H; ++h) even[h][0] = even[h][1] = odd[h][0] = odd[h][1] = _mm256_setzero_si256();
+  for (int g = 0; g < codes.groups;) {
+    __m256i sum[std::size_t{H}][2];
+    VATTN_UNROLL for (int h = 0; h < H; ++h) sum[h][0] = sum[h][1] = _mm256_setzero_si256();
+    for (const int end = std::min(g + fit, codes.groups); g < end; ++g, lower += 64, upper += 16) {
+      const __m256i a = numbers_256(at, codes.planes, g), b = numbers_256(at + 32, codes.planes, g);
+      const __m256i a_low = _mm256_and_si256(a, four_bits), b_low = _mm256_and_si256(b, four_bits);
+      const __m256i a_high = _mm256_and_si256(_mm256_srli_epi16(a, 4), four_bits);
+      const __m256i b_high = _mm256_and_si256(_mm256_srli_epi16(b, 4), four_bits);
+      VATTN_UNROLL for (int h = 0; h < H; ++h) {
+        const std::size_t skip = static_cast<std::size_t>(h) * groups;
+        const __m256i low = twice_256(lower + skip * 64), high = twice_256(upper + skip * 16);
+        sum[h][0] = _mm256_add_epi8(sum[h][0], _mm256_shuffle_epi8(low, a_low));
+        sum[h][1] = _mm256_add_epi8(sum[h][1], _mm256_shuffle_epi8(low, b_low));
+        sum[h][0] = _mm256_add_epi8(sum[h][0], _mm256_shuffle_epi8(high, a_high));
+        sum[h][1] = _mm256_add_epi8(sum[h][1], _mm256_shuffle_epi8(high, b_high));
+      }
+    }
+    VATTN_UNROLL for (int h = 0; h < H; ++h) {
+      VATTN_UNROLL for (int half = 0; half < 2; ++half) {
+        even[h][half] = _mm256_add_epi16(even[h][half], _mm256_and_si256(sum[h][half], _mm256_set1_epi16(0xff)));
+        odd[h][half] = _mm256_add_epi16(odd[h][half], _mm256_srli_epi16(sum[h][half], 8));
+      }
+    }
+  }
+  VATTN_UNROLL for (int h = 0; h < H; ++h) {
+    VATTN_UNROLL for (int half = 0; half < 2; ++half) {
+      store_256(out.score[head + h] + 16 * half, even[h][half]);
+      store_256(out.score[head + h] + 32 + 16 * half, odd[h][half]);
+    }
+  }
+}
+template <int H>
+VATTN_TARGET_AVX2 inline void sum_cells_256(const cell_query& q, const code_blocks& codes, const std::byte* at,
+                                            int head, scanned_block& out) noexcept {
+  if (q.upper) return sum_parts_256<H>(q, codes, at, head, out);
+  sum_entries_256<H>(q.scan, codes, at, head, out);
+}
+
 VATTN_TARGET_AVX2 inline void scan_cells_avx2(const cell_query& q, const code_blocks& codes, index_t block,
                                               scanned_cells& out) noexcept {
   const std::byte* at = codes.first + static_cast<std::size_t>(block) * codes.stride;
   prefetch_row<2>(at + 8 * codes.stride, codes.stride);
   int h = 0;
-  for (; h + 4 <= q.scan.heads; h += 4) sum_entries_256<4>(q.scan, codes, at, h, out);
+  for (; h + 4 <= q.scan.heads; h += 4) sum_cells_256<4>(q, codes, at, h, out);
   const int rest = q.scan.heads - h;
-  if (rest == 3) sum_entries_256<3>(q.scan, codes, at, h, out);
-  if (rest == 2) sum_entries_256<2>(q.scan, codes, at, h, out);
-  if (rest == 1) sum_entries_256<1>(q.scan, codes, at, h, out);
+  if (rest == 3) sum_cells_256<3>(q, codes, at, h, out);
+  if (rest == 2) sum_cells_256<2>(q, codes, at, h, out);
+  if (rest == 1) sum_cells_256<1>(q, codes, at, h, out);
   out.noise = noise() + noise_place(q.scan.numbers, block);
   const std::int16_t* lanes = block_lanes(codes, at);
   std::uint32_t taken[4];

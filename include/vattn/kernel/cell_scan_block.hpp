@@ -18,6 +18,10 @@ struct cell_query {
   scan_query scan;
   std::array<std::int16_t, scan_heads> plain{}, floor{}, slack{};  ///< steps; slack those of the largest ρ
   std::int16_t base = -32768;                                      ///< level of every cell at least, steps
+  /// [heads][groups][16], of tables that are sums of what bits 0 to 3 and 4 to 5 of a number add, or null: entry k < 4
+  /// is table[16·k] − table[0] (mod 256), so that table[e] = table[e mod 16] + upper[e / 16]. Two shuffles of 16 bytes
+  /// then do what four do for any table.
+  const std::uint8_t* upper = nullptr;
 };
 
 /// A block's cells, in lane order.
