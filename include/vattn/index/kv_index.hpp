@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "vattn/index/cell_codes.hpp"
+#include "vattn/index/index_bits.hpp"
 #include "vattn/kv/view.hpp"
 #include "vattn/status.hpp"
 
@@ -18,7 +19,7 @@ namespace vattn::VATTN_ABI {
 struct index_shape {
   index_t n_kv_heads = 1;
   index_t dk = 0, dv = 0;
-  int bits = 0;            ///< a coordinate of a key, 1 to 4; 0: chosen when the index is built
+  int bits = 0;            ///< a coordinate of a key, 1 to 4; 0: chosen by `build`
   std::uint64_t seed = 0;  ///< of the codes' rotations
 };
 
@@ -75,11 +76,34 @@ class kv_index {
     return {};
   }
 
-  /// Codes of all cells of a cache (batch `b`), in units taken from up to `sample` of them. O(n).
+  /// Codes of all cells of a cache (batch `b`), in units taken from up to `sample` of them. O(n). Where the shape
+  /// leaves the bits open they are chosen from `bits_predictor::rows` of the rows: 2, or more where keys that ask in
+  /// the place of queries want them.
   template <kv_cache KV>
   [[nodiscard]] status build(const KV& cache, index_t b = 0) noexcept {
+    return build(cache, tensor_view<const float, 4>(), 0.0f, b);
+  }
+
+  /// The same with a sample of queries [n_batch, T, n_q_heads, dk], such as the prompt's last ones, and the scale of
+  /// their logits: bits that are open are then those of the least predicted time of a step.
+  template <kv_cache KV, class Q>
+  [[nodiscard]] status build(const KV& cache, const tensor_view<const Q, 4>& queries, float scale,
+                             index_t b = 0) noexcept {
     if (status s = check(cache, b); !s) return s;
+    if (queries && (queries.extents[0] != cache.n_batch() || queries.extents[3] != cache.dk() ||
+                    queries.extents[2] % cache.n_kv_heads() != 0 || !(std::abs(scale) < 1e30f))) {
+      return status::error(
+          errc::invalid_argument,
+          "queries [%lld, %lld, %lld, %lld] and a scale of %g: give [n_batch, T, n_q_heads, dk] of the "
+          "cache's, and a finite scale",
+          ll(queries.extents[0]), ll(queries.extents[1]), ll(queries.extents[2]), ll(queries.extents[3]),
+          static_cast<double>(scale));
+    }
     const index_t n = cache.head(b, 0).size();
+    if (shape_.bits == 0) {
+      const int chosen = choose_bits(cache, queries, scale, b);
+      if (chosen != bits() && !remake_heads(chosen)) return no_memory(n);
+    }
     clear();
     for (index_t h = 0; h < shape_.n_kv_heads; ++h) measure(cache.head(b, h), h);
     built_from_ = n;
@@ -180,9 +204,65 @@ class kv_index {
            shape_.bits <= cell_codes::most_bits;
   }
   void make_heads(int bits) {
-    heads_.clear();
+    std::vector<cell_codes> heads;
     for (index_t h = 0; h < shape_.n_kv_heads; ++h)
-      heads_.emplace_back(shape_.dk, bits, shape_.seed + static_cast<std::uint64_t>(h));
+      heads.emplace_back(shape_.dk, bits, shape_.seed + static_cast<std::uint64_t>(h));
+    heads_.swap(heads);
+  }
+
+  [[nodiscard]] bool remake_heads(int bits) noexcept {
+#if VATTN_HAS_EXCEPTIONS
+    try {
+      make_heads(bits);
+    } catch (...) {  // as it was
+      return false;
+    }
+#else
+    make_heads(bits);
+#endif
+    return true;
+  }
+
+  // Of the heads' predicted times together, a few heads and queries of each.
+  template <kv_cache KV, class Q>
+  [[nodiscard]] int choose_bits(const KV& cache, const tensor_view<const Q, 4>& queries, float scale,
+                                index_t b) noexcept {
+    if (cache.head(b, 0).size() < sample) return default_bits;
+#if VATTN_HAS_EXCEPTIONS
+    try {
+#endif
+      times_by_bits sum{};
+      const index_t heads = std::min<index_t>(4, shape_.n_kv_heads);
+      for (index_t i = 0; i < heads; ++i) {
+        const index_t h = i * shape_.n_kv_heads / heads;
+        bits_predictor predict;
+        if (!predict.take(cache.head(b, h))) continue;
+        if (!queries || queries.extents[1] * queries.extents[2] == 0) {
+          predict.add_keys(1 / std::sqrt(static_cast<float>(shape_.dk)), sum);
+          continue;
+        }
+        const index_t group = queries.extents[2] / shape_.n_kv_heads, count = queries.extents[1] * group;
+        const index_t asked = std::min(count, bits_predictor::queries);
+        for (index_t j = 0; j < asked; ++j) {
+          const index_t at = j * count / asked;
+          for (index_t d = 0; d < shape_.dk; ++d)
+            key_[static_cast<std::size_t>(d)] =
+                scale * static_cast<float>(queries(b, at / group, h * group + at % group, d));
+          predict.add(key_.data(), sum);
+        }
+      }
+      int best = default_bits;
+      for (int bits = queries ? 1 : default_bits; bits <= cell_codes::most_bits; ++bits) {
+        const auto time = [&](int of) { return sum[static_cast<std::size_t>(of - 1)]; };
+        // What keys say of queries is a guess.
+        if (time(bits) < (queries ? 0.97 : 0.85) * time(best)) best = bits;
+      }
+      return best;
+#if VATTN_HAS_EXCEPTIONS
+    } catch (...) {
+      return default_bits;
+    }
+#endif
   }
 
   template <kv_cache KV>

@@ -143,3 +143,25 @@ TEST_CASE("what is wrong with an index is said before anything is changed", "[in
   REQUIRE(load(bytes, loaded).ok());
   CHECK(same(index, loaded));
 }
+
+TEST_CASE("bits are those that the queries at hand want, or what the user says", "[index]") {
+  const auto bits_for = [](float spread, int fixed = 0, bool asked = true) {
+    problem<float> p({.queries = 4, .heads = 4, .kv_heads = 2, .n = 8000, .dk = 64, .dv = 32}, 3u, spread);
+    kv_index index(index_shape{.n_kv_heads = 2, .dk = 64, .dv = 32, .bits = fixed});
+    const status s = asked ? index.build(p.cache(), p.query(), p.options.scale) : index.build(p.cache());
+    INFO(s.message());
+    REQUIRE(s.ok());
+    CHECK(index.codes(0).codes() == 8000);
+    return index.bits();
+  };
+  CHECK(bits_for(0.2f) == 1);  // logits that hardly differ
+  CHECK(bits_for(4.0f) >= 3);  // whose errors count e-fold
+  CHECK(bits_for(4.0f, 2) == 2);
+  CHECK(bits_for(0.2f, 0, false) >= 2);  // what keys say of queries is a guess
+
+  problem<float> p({.queries = 2, .heads = 3, .kv_heads = 2, .n = 5000, .dk = 64, .dv = 32});
+  kv_index index(index_shape{.n_kv_heads = 2, .dk = 64, .dv = 32});
+  const tensor_view<const float, 4> wrong(p.q.data(), {1, 2, 3, 64});  // 3 heads for 2
+  CHECK_FALSE(index.build(p.cache(), wrong, 0.1f).ok());
+  CHECK_FALSE(index.build(p.cache(), p.query(), vattn::test::infinity).ok());
+}
