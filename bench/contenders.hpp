@@ -180,7 +180,7 @@ inline constexpr contender contenders[] = {
      }},
     {"ranked", knob::epsilon, true,
      [](problem& p, const cell& at, const draw_key& key) {
-       return attend_verified<default_policy>(p, at.settings(), key);
+       return attend_verified<ranked_policy>(p, at.settings(), key);
      }},
     {"vattention", knob::epsilon, true,
      [](problem& p, const cell& at, const draw_key& key) {

@@ -367,7 +367,7 @@ BENCHMARK(sampled_row<float>)->ArgName("in_cache")->Arg(1)->Arg(0)->UseManualTim
 BENCHMARK(sampled_row<Eigen::half>)->ArgName("in_cache")->Arg(1)->Arg(0)->UseManualTime();
 BENCHMARK(sampled_row<Eigen::bfloat16>)->ArgName("in_cache")->Arg(1)->Arg(0)->UseManualTime();
 
-struct bernstein_policy : default_policy {
+struct bernstein_policy : ranked_policy {
   using bound = budget::bernstein;
 };
 
@@ -385,13 +385,13 @@ void add_functor(const std::string& name, const std::string& regime, const confi
 
 int main(int argc, char** argv) {
   for (const char* regime : {"flat", "gauss2", "laplace", "needle"}) {
-    add_functor<default_policy, float>("output/f32", regime, {});
+    add_functor<ranked_policy, float>("output/f32", regime, {});
     add_functor<verified_denominator, float>("paper/f32", regime, presets::paper_default);
     add_functor<verified_numerator, float>("numerator/f32", regime, {});
     add_functor<verified_sdpa, float>("sdpa/f32", regime, {});
   }
-  add_functor<default_policy, Eigen::half>("output/f16", "gauss2", {});
-  add_functor<default_policy, Eigen::bfloat16>("output/bf16", "gauss2", {});
+  add_functor<ranked_policy, Eigen::half>("output/f16", "gauss2", {});
+  add_functor<ranked_policy, Eigen::bfloat16>("output/bf16", "gauss2", {});
   add_functor<bernstein_policy, float>("output+bernstein/f32", "gauss2", {});
   for (const kernel::isa how : kernel::isa_levels) {
     if (how > kernel::widest_isa()) continue;

@@ -1,4 +1,4 @@
-// Ten lines: one query, one head, 32768 tokens; the output, and what it is promised to be worth.
+// A dozen lines: one query, one head, 32768 tokens; the output, and what it is promised to be worth.
 #include <cmath>
 #include <cstdio>
 #include <random>
@@ -17,7 +17,10 @@ int main() {
   const vattn::tensor_view<const float, 4> query(q.data(), {1, 1, 1, d});  // [batch, queries, heads, dk]
   const auto cache = vattn::contiguous_kv(k.data(), v.data(), {.n_tokens = n, .dk = d, .dv = d});
   const vattn::attention_options options{.scale = 1 / std::sqrt(static_cast<float>(d))};
-  const vattn::vattention<> attend({.epsilon = 0.05, .delta = 0.1});  // P(||error|| > 5 % of ||o||) <= 10 %
+  std::vector<vattn::kv_index> index;  // a code of each key, beside the cache
+  index.emplace_back(vattn::index_shape{.dk = d, .dv = d});
+  if (auto s = index[0].build(cache); !s) return std::fprintf(stderr, "quick_start: %s\n", s.message()), 1;
+  const vattn::vattention<> attend({.epsilon = 0.05, .delta = 0.1}, {index});  // P(||error|| > 5 % of ||o||) <= 10 %
   vattn::certificate c;
   vattn::workspace memory;
   if (auto s =
@@ -32,7 +35,7 @@ int main() {
     error += (o[j] - dense[j]) * (o[j] - dense[j]);
     norm += dense[j] * dense[j];
   }
-  std::printf("rows read  %lld of %lld (%.1f %%): %lld chosen, %lld sampled\n", static_cast<long long>(c.rows()),
+  std::printf("rows read  %lld of %lld (%.1f %%): %lld for certain, %lld sampled\n", static_cast<long long>(c.rows()),
               static_cast<long long>(c.n), 100 * c.density(), static_cast<long long>(c.rows_exact),
               static_cast<long long>(c.rows_sampled));
   std::printf("promised   error <= %.4f of ||o|| with probability %g (%s, asked %g)\n", c.epsilon_achieved, 1 - c.delta,

@@ -179,7 +179,7 @@ std::vector<outcome> run_regime(const settings& s, const std::string& regime, su
                                        fixed({.heavy = own.density}),
                                        fixed({.sampled = own.density}),
                                        verified<verified_denominator>(paper),
-                                       verified<default_policy>(ours),
+                                       verified<ranked_policy>(ours),
                                        fast};
   std::vector<outcome> all;
   for (std::size_t i = 0; i + 1 < calls.size(); ++i)

@@ -23,10 +23,10 @@ struct by_codes : vattn::default_policy {
   using selector = vattn::select::indexed<vattn::sketch::key_codes<1>>;
   using sampler = vattn::sample::by_importance;
 };
-struct finite_sample : vattn::default_policy {
+struct finite_sample : vattn::ranked_policy {
   using bound = vattn::budget::bernstein;
 };
-struct with_replacement : vattn::default_policy {
+struct with_replacement : vattn::ranked_policy {
   using sampler = vattn::sample::uniform_with_replacement;
   using bound = vattn::budget::student;
 };
@@ -196,7 +196,7 @@ void run(input& in) {
       status = vattn::exact_attention(p.query(), cache, p.options, r.view(), memory);
       break;
     case 1:
-      status = attend(vattn::vattention<>(settings));
+      status = attend(vattn::vattention<vattn::ranked_policy>(settings));
       break;
     case 2:
       status = attend(vattn::vattention<finite_sample>(settings));

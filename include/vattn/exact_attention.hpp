@@ -2,6 +2,12 @@
 #include "vattn/macros_push.hpp"
 #pragma once
 
+#include <algorithm>
+#include <array>
+#include <memory>
+#include <span>
+#include <utility>
+
 #include "vattn/dense_attention.hpp"
 #include "vattn/estimate/exact.hpp"
 #include "vattn/runtime/call.hpp"
@@ -19,6 +25,127 @@ template <kv_head Head>
   add_sink(state, row.sink_logit);
   return accumulate_exact(
       row, tokens.size(), [&](index_t j) { return tokens[j]; }, state, part, false);
+}
+
+/// Memory of `attend_group_exactly`.
+struct exact_scratch {
+  std::span<std::byte> rows;                 // [heads] x row_bytes: query_row of any head
+  std::span<kernel::block_queries> queries;  // [heads], the first of each set of heads that see the same
+  std::span<float> scaled, prepared;         // [heads, dk], and as block kernels want them
+  std::span<float> numerators;               // [most_pieces, heads, dv]
+  std::span<softmax_state> states;           // [most_pieces, heads]
+  std::span<std::uint32_t> odd;              // [most_pieces]: heads that met a logit that is not finite, bits
+
+  static constexpr std::size_t row_bytes = 512;
+  static constexpr index_t most_pieces = 32;  // whose states are kept at a time
+
+  /// Of the worker that does a piece: at the front of its group's memory.
+  [[nodiscard]] static std::size_t piece_bytes(index_t heads, index_t dv) noexcept {
+    arena count;
+    static_cast<void>(count.take<float>(static_cast<std::size_t>(heads * phase_rows)));
+    static_cast<void>(count.take<float>(static_cast<std::size_t>(heads * dv)));
+    return count.used() + workspace::alignment;
+  }
+  [[nodiscard]] static exact_scratch take(arena& a, index_t heads, index_t dk, index_t dv) noexcept {
+    const auto h = static_cast<std::size_t>(heads), pieces = static_cast<std::size_t>(most_pieces);
+    exact_scratch s;
+    s.rows = a.take<std::byte>(h * row_bytes);
+    s.queries = a.take<kernel::block_queries>(h);
+    s.scaled = a.take<float>(h * static_cast<std::size_t>(dk));
+    s.prepared = a.take<float>(h * kernel::query_storage(1, dk));
+    s.numerators = a.take<float>(pieces * h * static_cast<std::size_t>(dv));
+    s.states = a.take<softmax_state>(pieces * h);
+    s.odd = a.take<std::uint32_t>(pieces);
+    return s;
+  }
+};
+
+/// Exact attention of those heads of a group whose bits are set, cut in pieces as `exact_attention` cuts a sequence and
+/// with the same bits. Memory for pieces lies at the front of the group's.
+template <kv_head Head>
+void attend_group_exactly(head_group<Head>& group, std::uint32_t which, const exact_scratch& s) noexcept {
+  const auto wanted = [&](index_t g) { return (which >> g & 1) != 0 && group[g].ok; };
+  if constexpr (!strided_head<Head>) {
+    group.for_each_piece(group.size(), [&](index_t g, std::span<std::byte>) {
+      head_task<Head>& task = group[g];
+      if (wanted(g)) task.ok = attend_exactly(task.row, task.tokens, task.s, task.state, task.c);
+    });
+  } else {
+    using K = typename Head::key_element;
+    static_assert(sizeof(query_row<Head>) <= exact_scratch::row_bytes);
+    const auto at = [](index_t i) { return static_cast<std::size_t>(i); };
+    auto* const rows = reinterpret_cast<query_row<Head>*>(s.rows.data());
+    const Head& head = group[0].row.head;
+    const index_t dk = head.dk(), dv = head.dv(), storage = static_cast<index_t>(kernel::query_storage(1, dk));
+    std::array<index_t, static_cast<std::size_t>(max_shared)> task_of{};
+    std::array<std::pair<index_t, index_t>, static_cast<std::size_t>(max_shared)> sets;  // first, count
+    index_t count = 0, n_sets = 0;
+    for (index_t g = 0; g < group.size(); ++g) {
+      if (!wanted(g)) continue;
+      head_task<Head>& task = group[g];
+      if (count == 0 || group[task_of[at(count - 1)]].query != task.query) sets[at(n_sets++)] = {count, 0};
+      ++sets[at(n_sets - 1)].second;
+      task_of[at(count)] = g;
+      std::construct_at(rows + count, task.row);
+      std::copy_n(task.row.scaled_query, dk, s.scaled.data() + count * dk);
+      task.state.clear();
+      ++count;
+    }
+    if (count == 0) return;
+    for (index_t i = 0; i < n_sets; ++i) {
+      const auto [first, heads] = sets[at(i)];
+      s.queries[at(first)] = kernel::prepare_queries<K>(kernel::active_isa(), s.scaled.data() + first * dk, heads, dk,
+                                                        group[0].row.scale, s.prepared.subspan(at(first * storage)));
+    }
+    // Places of tokens [first, last) of the cache; where cells have positions their order is another, and places are
+    // cut.
+    const bool by_place = static_cast<bool>(group[0].row.positions);
+    const auto part_of = [&](const population& tokens, index_t first, index_t last) -> population {
+      if (const ordinal* const list = tokens.list()) {
+        const ordinal *from = list + std::min(first, tokens.size()), *to = list + std::min(last, tokens.size());
+        if (!by_place) {
+          from = std::lower_bound(list, list + tokens.size(), static_cast<ordinal>(first));
+          to = std::lower_bound(from, list + tokens.size(), static_cast<ordinal>(last));
+        }
+        return population(std::span<const ordinal>(from, to));
+      }
+      if (tokens.size() == 0) return {};
+      if (by_place) first += tokens[0], last += tokens[0];
+      const index_t begin = std::max(first, tokens[0]), end = std::min(last, tokens[0] + tokens.size());
+      return {begin, std::max(begin, end)};
+    };
+    std::uint32_t odd = 0;
+    const index_t pieces = (head.size() + phase_rows - 1) / phase_rows;
+    for (index_t done = 0; done < pieces; done += exact_scratch::most_pieces) {
+      const index_t now = std::min(exact_scratch::most_pieces, pieces - done);
+      group.for_each_piece(now, [&](index_t piece, std::span<std::byte> memory) {
+        arena a(memory);
+        const auto logits = a.take<float>(at(count * phase_rows)), part = a.take<float>(at(count * dv));
+        softmax_state* const states = s.states.data() + piece * count;
+        std::uint32_t odd_here = 0;
+        for (index_t i = 0; i < n_sets; ++i) {
+          const auto [first, heads] = sets[at(i)];
+          for (index_t j = first; j < first + heads; ++j)
+            std::construct_at(states + j, s.numerators.subspan(at((piece * count + j) * dv), at(dv)));
+          const query_group<Head> together{rows + first, states + first, s.queries[at(first)],
+                                           part.first(at(heads * dv)), logits};
+          const index_t from = (done + piece) * phase_rows;
+          odd_here |= together.add(part_of(group[task_of[at(first)]].tokens, from, from + phase_rows)) << first;
+        }
+        s.odd[at(piece)] = odd_here;
+      });
+      for (index_t piece = 0; piece < now; ++piece) {
+        odd |= s.odd[at(piece)];
+        for (index_t i = 0; i < count; ++i) group[task_of[at(i)]].state.merge(s.states[at(piece * count + i)]);
+      }
+    }
+    for (index_t i = 0; i < count; ++i) {
+      head_task<Head>& task = group[task_of[at(i)]];
+      task.ok = (odd >> i & 1) == 0;
+      if (task.ok) add_sink(task.state, task.row.sink_logit);
+      certify_exact(task.c);
+    }
+  }
 }
 
 /// Exact attention of every query and head. Shapes, errors and memory as `vattention`.

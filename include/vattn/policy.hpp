@@ -18,11 +18,20 @@ namespace vattn::VATTN_ABI {
 /// bound:    how far a sampled sum may be off (bound,           stats/bounds.hpp)
 /// target:   what must hold at (ε, δ)        (target_for,       budget/targets.hpp)
 /// Derive and redefine what you change. Which go together: `attention_policy` below.
+/// As they stand they read what costs least: few rows by a kv_index where the call has one, else all of them, at the
+/// speed of `exact_attention`, and the certificate says which. A finite-sample bound and the targets that were
+/// published have no use for an index: with them, and without a selector that says more, all rows are read.
 struct default_policy {
-  using selector = select::top_k<select::exact_contributions>;
+  using selector = select::cheapest;
   using sampler = sample::uniform_without_replacement;
   using bound = budget::clt;
   using target = budget::output;
+};
+
+/// A reference, not a fast way: every key is read to rank the tokens by what they contribute, then few rows are. Shows
+/// how few are enough where the ranking is the best there is.
+struct ranked_policy : default_policy {
+  using selector = select::top_k<select::exact_contributions>;
 };
 
 /// A guarantee with nothing asymptotic in it, from an index whose errors are bounded: codes of 4 bits or more.
@@ -39,7 +48,8 @@ struct store_policy : default_policy {
   using sampler = sample::from_store;
 };
 
-/// The fast one beside any cache: a kv_index for each sequence instead of a selector (index/index_attention.hpp).
+/// The fast one beside any cache: a kv_index for each sequence instead of a selector (index/index_attention.hpp). As
+/// default_policy with an index, which this one must be given.
 struct index_policy : default_policy {
   using selector = select::beside;
   using sampler = sample::from_index;

@@ -79,6 +79,7 @@ class vattention {
                                             index_t workers = 1) const noexcept {
     const kernel::floating_point_scope standard;
     scratch::sparse_sizes sparse = sizes(n, dv);
+    if (beside_cache && !indexed()) return call_bytes(n, dk, dv, masked, all_rows(dk, dv), workers);
     // The same for elements of any type.
     if constexpr (from_store) sparse.group_bytes = store_bytes<store_head<float>>(n, max_group, dk, dv);
     if constexpr (beside_cache) sparse.group_bytes = index_bytes(n, max_group, dk, dv, fixed_rows());
@@ -115,23 +116,33 @@ class vattention {
       sparse.group_bytes = store_bytes<head>(longest(cache), max_group, cache.dk(), cache.dv());
     }
     if constexpr (beside_cache) {
-      if (status s = check_index_call(cache, selector_); !s) return s;
+      const bool by_index = indexed();
+      if (by_index) {
+        if (status s = check_index_call(cache, selector_); !s) return s;
+      }
       using head = std::remove_cvref_t<decltype(cache.head(0, 0))>;
       // All heads at once, each cut among the threads: but not where an observer waits for each.
       if constexpr (strided_head<head> && std::same_as<std::remove_cvref_t<Observer>, unobserved> &&
                     !partial_executor<std::remove_cvref_t<E>>) {
         if (!result.decisions.tokens && !options.positions &&
-            !index_sampler<Policy, head>::may_pay(longest(cache), fixed_rows())) {
-          const status s = exactly<head>(q, cache, options, result, memory, exec);
+            !(by_index && index_may_pay(longest(cache), fixed_rows()))) {
+          const status s = each.template exactly<head>(q, cache, options, result, memory, exec);
           if (s.code() != errc::workspace_too_small) return s;  // sized for what needs less
         }
       }
       // Several tasks would write what is remembered of one KV head.
       if (q.extents[1] != 1 || q.extents[2] / cache.n_kv_heads() > max_group || !options.mask.same_for_heads())
         each.selector_.memory = {};
-      sparse.group_bytes = index_bytes(longest(cache), max_group, cache.dk(), cache.dv(), fixed_rows());
+      if (by_index) {
+        sparse.group_bytes = index_bytes(longest(cache), max_group, cache.dk(), cache.dv(), fixed_rows());
+      } else {
+        sparse = all_rows(cache.dk(), cache.dv());
+      }
     }
     sparse.shared = std::clamp<index_t>(q.extents[2] / cache.n_kv_heads(), 1, sparse.shared);
+    // Queries that see ranges share the heads' scan and sample, or the rows where all are read.
+    if (beside_cache && !options.mask && !options.positions)
+      sparse.queries = std::clamp<index_t>(max_group / sparse.shared, 1, std::max<index_t>(1, q.extents[1]));
     return for_each_group(q, cache, options, result, memory, key, exec, sparse, [&](auto& heads) {
       each.attend(heads);
       for (index_t g = 0; g < heads.size(); ++g) observe(heads[g]);
@@ -175,7 +186,10 @@ class vattention {
     }
     if (!sparse) return;
     if constexpr (beside_cache) {
-      attend_by_index<Policy>(heads, settings_, selector_);
+      if constexpr (takes_index) {
+        if (indexed()) return attend_by_index<Policy>(heads, settings_, selector_.sequences, selector_.memory);
+      }
+      attend_without_index(heads);
     } else if constexpr (from_store) {
       attend_from_store<Policy>(heads, settings_);
     } else if constexpr (!importance_sampler<sampler>) {
@@ -320,8 +334,29 @@ class vattention {
   static constexpr bool has_index = requires(const selector& s) { s.heads; };
   static constexpr bool shares_sample = group_sampler<sampler>;
   static constexpr bool from_store = samples_a_store<sampler>;
-  static constexpr bool beside_cache = samples_by_index<sampler>;
+  static constexpr bool cheapest = std::same_as<selector, select::cheapest>;
+  static constexpr bool beside_cache = samples_by_index<sampler> || cheapest;
+  static constexpr bool takes_index =
+      beside_cache && bound::kind == guarantee::asymptotic && target::kind == target_kind::output;
   static constexpr bool two_phases = phased_sampler<sampler>;
+
+  // Whether calls go by an index: the default's, if they have one, and if it can serve what the policy promises.
+  [[nodiscard]] bool indexed() const noexcept {
+    if constexpr (takes_index) {
+      return !cheapest || !selector_.sequences.empty();
+    } else {
+      return false;
+    }
+  }
+  // Nothing is sampled.
+  [[nodiscard]] scratch::sparse_sizes all_rows(index_t dk, index_t dv) const noexcept {
+    return {.observed = true,
+            .sinks = settings_.sinks,
+            .window = settings_.window,
+            .shared = max_group,
+            .group_bytes = exact_bytes(max_group, dk, dv),
+            .cut = true};
+  }
 
   [[nodiscard]] scratch::sparse_sizes sizes(index_t n, index_t dv) const noexcept {
     const auto most = static_cast<std::size_t>(std::ceil(settings_.max_density * static_cast<double>(n)));
@@ -329,9 +364,14 @@ class vattention {
     sizes.sinks = settings_.sinks, sizes.window = settings_.window;
     sizes.errors = importance_sampler<sampler> || requires { requires selector::wants_errors; };
     if constexpr (beside_cache) {
-      return {.observed = true, .sinks = settings_.sinks, .window = settings_.window, .shared = max_group};
+      return {.measured = true,
+              .observed = true,
+              .sinks = settings_.sinks,
+              .window = settings_.window,
+              .shared = max_group,
+              .cut = true};
     } else if constexpr (from_store) {
-      return {.observed = true, .shared = max_group};
+      return {.measured = true, .observed = true, .shared = max_group};
     } else if constexpr (importance_sampler<sampler>) {
       sizes.weighted = most;
       if constexpr (two_phases) sizes.candidates = most;

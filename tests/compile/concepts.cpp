@@ -55,8 +55,9 @@ static_assert(!executor<int>);
 static_assert(selector_for<select::none, query_row<detail::any_head>>);
 static_assert(selector_for<select::top_p<>, query_row<kv_head_view<float, float, 8, 8>>>);
 static_assert(!selector_for<select::exact_logits, query_row<detail::any_head>>);  // it counts no heavy places
-static_assert(attention_policy<default_policy> && attention_policy<verified_denominator> &&
-              attention_policy<verified_numerator> && attention_policy<verified_sdpa>);
+static_assert(attention_policy<default_policy> && attention_policy<ranked_policy> && attention_policy<index_policy> &&
+              attention_policy<verified_denominator> && attention_policy<verified_numerator> &&
+              attention_policy<verified_sdpa>);
 
 // Which slots go together: 14 selectors, 6 samplers, 4 bounds, 4 targets.
 namespace mixes {
@@ -99,7 +100,16 @@ static_assert(noexcept(std::declval<const vattention<>&>()(std::declval<const ca
 static_assert(noexcept(exact_attention(std::declval<const call_q&>(), std::declval<const kv_view<float>&>(),
                                        attention_options{}, attention_result{}, std::declval<workspace&>())));
 // A stateless functor costs its settings alone.
-static_assert(sizeof(vattention<>) == sizeof(config));
+static_assert(sizeof(vattention<ranked_policy>) == sizeof(config));
+// The default takes what a call may have: indices and memory, or nothing, and then with any bound and target.
+template <class Bound, class Target>
+struct default_with : default_policy {
+  using bound = Bound;
+  using target = Target;
+};
+static_assert(std::same_as<vattention<>, vattention<default_policy>> &&
+              attention_policy<default_with<budget::bernstein, budget::output>> &&
+              attention_policy<default_with<budget::student, budget::denominator>>);
 
 // Randomness at compile time: the first known answer of Philox.
 static_assert(philox4x32({0, 0, 0, 0}, {0, 0})[0] == 0x6627e8d5u);

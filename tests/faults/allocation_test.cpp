@@ -136,7 +136,7 @@ TEST_CASE("a workspace that cannot grow is a status, and nothing else is allocat
     return vattn::exact_attention(p.query(), p.cache(), p.options, view(), memory);
   });
   check([&](vattn::workspace& memory) {
-    return vattn::vattention<>(settings)(p.query(), p.cache(), p.options, view(), memory);
+    return vattn::vattention<vattn::ranked_policy>(settings)(p.query(), p.cache(), p.options, view(), memory);
   });
   check([&](vattn::workspace& memory) {
     return vattn::vattention<by_importance>(settings, {heads})(p.query(), p.cache(), p.options, view(), memory);

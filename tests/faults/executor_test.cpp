@@ -74,8 +74,8 @@ vattn::status call_with(Next next) {
   static_assert(vattn::executor<executor_of<Next>>);
   const vattn::status exact =
       vattn::exact_attention(p.query(), p.cache(), p.options, r.view(), memory, executor_of<Next>{next});
-  const vattn::status s = vattn::vattention<>({.sinks = 8, .window = 8})(p.query(), p.cache(), p.options, r.view(),
-                                                                         memory, {}, executor_of<Next>{next});
+  const vattn::status s = vattn::vattention<vattn::ranked_policy>({.sinks = 8, .window = 8})(
+      p.query(), p.cache(), p.options, r.view(), memory, {}, executor_of<Next>{next});
   CHECK(exact.code() == s.code());
   if (s.ok()) CHECK(compare(p, r).output < 0.3);
   return s;
@@ -144,7 +144,7 @@ TEST_CASE("an executor without workers, with other ones later, or that throws wh
     CHECK(vattn::exact_attention(p.query(), p.cache(), p.options, r.view(), memory, e).code() ==
           vattn::errc::executor_failed);
     e = exec;
-    CHECK(vattn::vattention<>()(p.query(), p.cache(), p.options, r.view(), memory, {}, e).code() ==
+    CHECK(vattn::vattention<vattn::ranked_policy>()(p.query(), p.cache(), p.options, r.view(), memory, {}, e).code() ==
           vattn::errc::executor_failed);
   }
   throwing_executor t;

@@ -76,7 +76,7 @@ int main() {
   require(c.exact() && distance(o, want) < 1e-5, "exact attention is exact");
 
   const vattn::config settings{.epsilon = 0.1, .delta = 0.1, .sinks = 32, .window = 32};
-  const vattn::vattention<> attend(settings);
+  const vattn::vattention<vattn::ranked_policy> attend(settings);
   require(attend(query, cache, options, result, memory, {.step = 3}).ok(), "vattention is ok");
   require(!c.exact() && c.density() < 0.5 && distance(o, want) < 0.2, "vattention reads few rows and is near");
   const std::vector<float> serial = o;

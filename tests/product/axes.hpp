@@ -46,7 +46,7 @@ enum axis : int {
   n_axes
 };
 
-enum class family : std::uint8_t { exact, uniform, importance, group, two_phases, certified, store };
+enum class family : std::uint8_t { exact, uniform, importance, group, two_phases, certified, store, index };
 
 enum layout : int {
   contiguous,

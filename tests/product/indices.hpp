@@ -37,6 +37,30 @@ struct indices {
   }
 };
 
+/// Beside each sequence; for the default policy in every second case, which has none in the others.
+template <class Selector>
+struct indices_beside {
+  template <class KV>
+  indices_beside(const KV& cache, bool wanted) {
+    for (index_t b = 0; wanted && b < cache.n_batch(); ++b) {
+      sequences.emplace_back(index_shape{.n_kv_heads = cache.n_kv_heads(), .dk = cache.dk(), .dv = cache.dv()});
+      if (!sequences.back().build(cache, b)) sequences.back() = {};  // which the call then says
+    }
+  }
+  [[nodiscard]] Selector selector() const { return {sequences, {}}; }
+  std::vector<kv_index> sequences;
+};
+template <>
+struct indices<select::beside> : indices_beside<select::beside> {
+  template <class KV>
+  indices(const KV& cache, unsigned) : indices_beside(cache, true) {}
+};
+template <>
+struct indices<select::cheapest> : indices_beside<select::cheapest> {
+  template <class KV>
+  indices(const KV& cache, unsigned seed) : indices_beside(cache, seed % 2 == 0) {}
+};
+
 template <template <class> class Selector, class Index>
 struct indices_for {
   template <class KV>

@@ -21,6 +21,8 @@ template <class P>
 [[nodiscard]] constexpr family family_of() {
   if constexpr (samples_a_store<typename P::sampler>) {
     return family::store;
+  } else if constexpr (samples_by_index<typename P::sampler> || std::same_as<typename P::selector, select::cheapest>) {
+    return family::index;
   } else if constexpr (uniform_sampler<typename P::sampler>) {
     return family::uniform;
   } else if constexpr (P::bound::kind == guarantee::finite_sample) {

@@ -100,7 +100,7 @@ std::vector<source> real_sources(const std::string& prefix) {
 }
 
 template <class Target, class Bound>
-struct policy : remembering<default_policy> {
+struct policy : remembering<ranked_policy> {
   using target = Target;
   using bound = Bound;
 };

@@ -8,7 +8,7 @@ namespace {
 using namespace vattn;
 using namespace vattn::stat;
 
-struct with_replacement_policy : remembering<default_policy> {
+struct with_replacement_policy : remembering<ranked_policy> {
   using sampler = sample::uniform_with_replacement;
 };
 
@@ -54,7 +54,7 @@ void require_unbiased(const char* regime) {
 
 TEST_CASE("numerator and denominator estimates are unbiased", "[stat][unbiased]") {
   for (const char* regime : {"flat", "gauss2", "spikes", "plateau"}) {
-    require_unbiased<remembering<default_policy>>(regime);
+    require_unbiased<remembering<ranked_policy>>(regime);
     require_unbiased<with_replacement_policy>(regime);
   }
 }
@@ -125,7 +125,7 @@ TEST_CASE("the stated error covers the true one, and is not far above it", "[sta
       c.epsilon = 0.1;
       c.delta = 0.1;
       c.scale = error_scale::rms;
-      const summary s = run_cell<remembering<default_policy>>(p, c, 150, 5000);
+      const summary s = run_cell<remembering<ranked_policy>>(p, c, 150, 5000);
       INFO(regime << "/" << values << " stated " << s.achieved_mean << " true quantile " << s.quantile(0.9));
       uncovered += s.uncovered;
       sampled += static_cast<long>(s.errors.size());
@@ -148,7 +148,7 @@ TEST_CASE("the stated error covers where nothing but its quantile is between it 
       config c;
       c.epsilon = epsilon;
       c.delta = 0.05;
-      const summary s = run_cell<remembering<default_policy>>(p, c, 800, 9000);
+      const summary s = run_cell<remembering<ranked_policy>>(p, c, 800, 9000);
       uncovered += s.uncovered;
       sampled += static_cast<long>(s.errors.size());
     }
@@ -164,7 +164,7 @@ TEST_CASE("a smaller epsilon never costs fewer rows on average", "[stat][monoton
   for (const double epsilon : {0.4, 0.2, 0.1, 0.05, 0.02}) {
     config c;
     c.epsilon = epsilon;
-    const summary s = run_cell<remembering<default_policy>>(p, c, 40, 0);
+    const summary s = run_cell<remembering<ranked_policy>>(p, c, 40, 0);
     CHECK(s.density >= last);
     last = s.density;
   }
@@ -197,8 +197,8 @@ TEST_CASE("a selector that ranks while it counts loses no token", "[stat][top_p]
 
 TEST_CASE("remembered scores are the exact ranking", "[stat]") {
   const problem<float> p("laplace", "heavy_tailed", 3000, 32, 9);
-  const vattention<remembering<default_policy>> fast({}, p.selector());
-  const vattention<> slow;
+  const vattention<remembering<ranked_policy>> fast({}, p.selector());
+  const vattention<ranked_policy> slow;
   std::vector<float> a(32), b(32);
   certificate ca, cb;
   workspace memory;

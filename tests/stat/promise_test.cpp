@@ -25,7 +25,7 @@ void add_cells(std::vector<tested>& cells, const std::string& regime, const std:
   }
 }
 
-using output_policy = remembering<default_policy>;
+using output_policy = remembering<ranked_policy>;
 struct hoeffding_policy : output_policy {
   using bound = budget::hoeffding;
 };

@@ -109,7 +109,7 @@ void check_attention(const ragged<T>& want, const View& view, double tolerance =
   REQUIRE(exact_attention(want.p.query(), same, want.p.options, b.view(), memory).ok());
   CHECK(difference(a, b) <= tolerance);
 
-  const vattention<> attend(small_config());
+  const vattention<ranked_policy> attend(small_config());
   const status sparse = attend(want.p.query(), view, want.p.options, a.view(), memory, {.seed = 11});
   INFO(sparse.message());
   REQUIRE(sparse.ok());

@@ -65,7 +65,7 @@ template <class S>
 template <class F>
 void for_each_policy(F&& f) {
   using sample::by_group_importance, sample::by_importance, sample::in_two_phases, sample::uniform_with_replacement;
-  f.template operator()<default_policy>("uniform");
+  f.template operator()<ranked_policy>("uniform");
   f.template operator()<mixed_policy<select::none, uniform_with_replacement>>("with replacement");
   f.template operator()<verified_denominator>("denominator");
   f.template operator()<verified_numerator>("numerator");

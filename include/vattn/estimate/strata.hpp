@@ -71,6 +71,22 @@ class stratum {
     return (k.spread + k.square * u2) * std::max(0.0, 1 - 2 * middle / rough);
   }
 
+  /// Rows from here on get no signs: sums that are merged into others need no storage but numerators, [heads, dv].
+  void without_signs() noexcept { signed_rows_ = most_signed_rows; }
+  [[nodiscard]] bool wants_signs() const noexcept { return signed_rows_ < most_signed_rows; }
+  /// Adds the sums of other rows, which have no signs and the same references.
+  void merge(const stratum& other) noexcept {
+    const index_t n = heads_ * dv_;
+    for (index_t j = 0; j < n; ++j) storage_[at(j)] += other.storage_[at(j)];
+    for (index_t h = 0; h < heads_; ++h) {
+      stratum_scalars& s = scalars_[at(h)];
+      const stratum_scalars& o = other.scalars_[at(h)];
+      s.x += o.x, s.power += o.power, s.square += o.square, s.spread += o.spread;
+      s.f0 += o.f0, s.f2 += o.f2, s.f4 += o.f4;
+    }
+    rows_ += other.rows_;
+  }
+
   /// Multiplies every x of a head by `factor`.
   void rescale(index_t h, double factor) noexcept {
     const auto f = static_cast<float>(factor);
@@ -109,7 +125,7 @@ class stratum {
     }
     kernel::block_add<T>(how, scratch, heads_, values, dv_, storage_.data());
     if (t == nullptr) return;
-    const bool with_signs = signed_rows_ < most_signed_rows;
+    const bool with_signs = wants_signs();
     for (index_t h = 0; h < heads_; ++h) {
       const kernel::squared_totals sums =
           kernel::squared_sums(how, rows_of(x, h), t, r2, kernel::block_rows, rows_of(scratch, h));

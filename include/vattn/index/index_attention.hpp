@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <bit>
 #include <cmath>
 #include <limits>
@@ -69,6 +70,18 @@ struct beside {
   }
   [[nodiscard]] index_t heavy_count(const ranking&, index_t, const config&) const noexcept { return 0; }
 };
+
+/// Whatever is at hand: the indices of a call's sequences, as `beside` has them, or none, and then all rows are read.
+struct cheapest {
+  std::span<const kv_index> sequences{};
+  std::span<index_memory> memory{};
+
+  template <class Row>
+  score_result score(const Row&, const population&, const score_buffers&) const noexcept {
+    return {};
+  }
+  [[nodiscard]] index_t heavy_count(const ranking&, index_t, const config&) const noexcept { return 0; }
+};
 }  // namespace select
 
 /// What sampling by an index costs, in the time of a row of dense attention (docs/performance.md).
@@ -91,10 +104,8 @@ struct index_scratch {
   std::span<float> plan;           // plan_sample::storage_size
   std::span<float> looks;          // [heads + 1, look_cells], scores
   index_reader_memory reader;
-  std::span<std::byte> exact_rows;            // [heads] x row_bytes: query_row of any head
-  std::span<float> exact_part, exact_logits;  // as query_group wants them
+  exact_scratch exact;
 
-  static constexpr std::size_t row_bytes = 512;
   static constexpr index_t look_cells = 16 * kernel::scan_keys;
 
   /// More candidates than this cost more than reading all rows.
@@ -107,6 +118,8 @@ struct index_scratch {
     const auto h = static_cast<std::size_t>(heads), width = static_cast<std::size_t>(dv);
     const cell_layout most(dk, cell_codes::most_bits);
     index_scratch s;
+    static_cast<void>(a.take<std::byte>(
+        std::max(exact_scratch::piece_bytes(heads, dv), index_piece::bytes(heads, dk, dv))));  // of pieces, in front
     s.tables = a.take<std::uint8_t>(cell_tables::table_bytes(most, heads));
     s.table = a.take<float>(cell_tables::scratch_size(most, heads));
     s.queries = a.take<float>(h * static_cast<std::size_t>(dk));
@@ -118,9 +131,7 @@ struct index_scratch {
     s.plan = a.take<float>(plan_sample::storage_size(heads));
     s.looks = a.take<float>((h + 1) * static_cast<std::size_t>(look_cells));
     s.reader = index_reader_memory::take(a, heads, dk, dv, most_candidates(n));
-    s.exact_rows = a.take<std::byte>(h * row_bytes);
-    s.exact_part = a.take<float>(h * width);
-    s.exact_logits = a.take<float>(h * static_cast<std::size_t>(phase_rows));
+    s.exact = exact_scratch::take(a, heads, dk, dv);
     return s;
   }
 };
@@ -138,6 +149,14 @@ struct index_shape_of_sample {
   double pilot = 40, pilot_base = 64;  ///< rows of a first look: a head's own, and any
 };
 
+/// Whether sampling n tokens, `fixed` of them certain, may cost less than reading them all.
+[[nodiscard]] inline bool index_may_pay(index_t n, index_t fixed) noexcept {
+  constexpr index_costs costs;
+  constexpr index_shape_of_sample shape;
+  const double rows = costs.key * (shape.pilot_base + shape.pilot) + static_cast<double>(fixed);
+  return n - fixed >= costs.least && costs.scan * static_cast<double>(n) + rows + costs.once < static_cast<double>(n);
+}
+
 /// One call's work for the heads of a group:
 ///   tables -> scan -> pilot -> plan -> keys -> thin -> values -> judge, again with more rows while a head is not
 /// verified. The sample is Poisson, its probabilities a function of codes alone: each estimate is unbiased over the
@@ -146,7 +165,9 @@ template <class Policy, kv_head Head>
 class index_sampler {
   using B = typename Policy::bound;
   using stage = sample::store_stage;
-  static void enter(stage s) noexcept { Policy::sampler::enter(s); }
+  static void enter(stage s) noexcept {
+    if constexpr (requires { Policy::sampler::enter(s); }) Policy::sampler::enter(s);
+  }
 
  public:
   index_sampler(head_group<Head>& group, const config& settings, const kv_index& index, index_t kv,
@@ -157,12 +178,18 @@ class index_sampler {
         remembered_(remembered),
         s_(memory),
         head_(group[0].row.head),
-        tokens_(group[0].tokens),
+        tokens_(seen_together(group)),
         codes_(index.codes(kv)),
         centre_(index.value_centre(kv)),
         heads_(group.size()),
         random_(group[0].stream) {
     tables_.query.scan.numbers = (std::uint64_t{random_.next()} << 32) | random_.next();
+    for (index_t g = 0; g < heads_; ++g) {
+      const population& own = group[g].tokens;
+      if (own.size() == tokens_.size()) continue;  // all of them
+      front_ = std::max(front_, own[0] - tokens_[0]);
+      back_ = std::max(back_, tokens_[0] + tokens_.size() - own[0] - own.size());
+    }
   }
 
   /// Attends every head: verified, or exactly where that costs less or does not come to an end.
@@ -182,19 +209,28 @@ class index_sampler {
     rest_exactly();
   }
 
-  /// Whether sampling n tokens, `fixed` of them certain, may cost less than reading them all.
-  [[nodiscard]] static bool may_pay(index_t n, index_t fixed) noexcept {
-    const double rows = costs_.key * (shape.pilot_base + shape.pilot) + static_cast<double>(fixed);
-    return n - fixed >= costs_.least &&
-           costs_.scan * static_cast<double>(n) + rows + costs_.once < static_cast<double>(n);
-  }
-
  private:
   [[nodiscard]] static constexpr std::size_t at(index_t i) noexcept { return static_cast<std::size_t>(i); }
-  [[nodiscard]] index_t sinks() const noexcept { return std::min(settings_.sinks, tokens_.size()); }
-  [[nodiscard]] index_t window() const noexcept { return std::min(settings_.window, tokens_.size() - sinks()); }
+  // What is read for certain at the ends: with several queries, what not all of them see is among it.
+  [[nodiscard]] index_t sinks() const noexcept { return std::min(settings_.sinks + front_, tokens_.size()); }
+  [[nodiscard]] index_t window() const noexcept { return std::min(settings_.window + back_, tokens_.size() - sinks()); }
+  // The tokens of one query, or, of several that see ranges, those that any of them sees.
+  [[nodiscard]] static population seen_together(head_group<Head>& group) noexcept {
+    const population& one = group[0].tokens;
+    if (group[0].query == group[group.size() - 1].query) return one;
+    index_t first = one[0], last = one[0] + one.size();
+    for (index_t g = 1; g < group.size(); ++g) {
+      const population& own = group[g].tokens;
+      first = std::min(first, own[0]), last = std::max(last, own[0] + own.size());
+    }
+    return {first, last};
+  }
+  // Rows that are read for certain and that a head's query sees.
+  [[nodiscard]] index_t certain_of(index_t g) const noexcept {
+    return certain_ - (tokens_.size() - group_[g].tokens.size());
+  }
 
-  [[nodiscard]] bool may_pay() const noexcept { return may_pay(tokens_.size(), sinks() + window()); }
+  [[nodiscard]] bool may_pay() const noexcept { return index_may_pay(tokens_.size(), sinks() + window()); }
 
   // Where sampling came to nothing it is left for a while: twice as long each time.
   [[nodiscard]] bool resting() noexcept {
@@ -352,7 +388,8 @@ class index_sampler {
     const double rows = 3.3 / (settings_.epsilon * settings_.epsilon * length * length);
     for (index_t h = 0; h < heads_; ++h) {
       scanned_.plain[at(h)] = log_mass_[at(h)] - std::log(std::max(rows, 2 * shape.pilot));
-      scanned_.floor[at(h)] = std::log(shape.kappa * settings_.epsilon * length / 1.2) + log_sum_[at(h)] - 0.9;
+      // Well below: a few scores say little of D, candidates more cost a tenth of another scan.
+      scanned_.floor[at(h)] = std::log(shape.kappa * settings_.epsilon * length / 1.2) + log_sum_[at(h)] - 1.9;
     }
     scanned_.base = std::min(1.0, 2 * shape.pilot_base / static_cast<double>(cells_));
     scanned_.z = shape.z;
@@ -365,8 +402,7 @@ class index_sampler {
     for (int attempt = 0; attempt < 3; ++attempt) {
       tables_.set(scanned_);
       read.candidates().size = 0;
-      if (kernel::scan_cells(kernel::active_isa(), tables_.query, codes_.view(), first_block_, end_block_,
-                             s_.seen.data(), read.candidates())) {
+      if (scan_blocks(read.candidates())) {
         read.forget();
         return true;
       }
@@ -374,6 +410,41 @@ class index_sampler {
       for (index_t h = 0; h < heads_; ++h) scanned_.plain[at(h)] += 1.5, scanned_.floor[at(h)] += 1.5;
     }
     return false;
+  }
+
+  // All blocks, cut in pieces whose cells are taken over in order. False where there are too many.
+  [[nodiscard]] bool scan_blocks(kernel::cell_candidates& out) noexcept {
+    const auto scan = [&](index_t first, index_t last, kernel::cell_candidates& to) {
+      return kernel::scan_cells(kernel::active_isa(), tables_.query, codes_.view(), first, last, s_.seen.data(), to);
+    };
+    if (!group_.helpers) return scan(first_block_, end_block_, out);
+    std::atomic<index_t> taken_over{0};
+    bool full = false;  // as `scan` has it, and guarded by what is taken over
+    const index_t pieces = (end_block_ - first_block_ + index_piece::blocks - 1) / index_piece::blocks;
+    group_.for_each_piece(pieces, [&](index_t piece, std::span<std::byte> memory) {
+      arena a(memory);
+      kernel::cell_candidates own = index_piece::take(a, heads_, head_.dk(), head_.dv()).found;
+      const index_t first = first_block_ + piece * index_piece::blocks;
+      static_cast<void>(scan(first, std::min(end_block_, first + index_piece::blocks), own));
+      crew::wait([&] { return taken_over.load(std::memory_order_acquire) == piece; });
+      if (!full && own.size > 0) {
+        const ordinal last = own.cell[own.size - 1] / kernel::scan_keys;
+        index_t before = own.size;
+        while (before > 0 && own.cell[before - 1] / kernel::scan_keys == last) --before;
+        full = out.size + before + kernel::scan_keys > out.capacity;
+        if (!full) {
+          std::copy_n(own.cell, own.size, out.cell + out.size);
+          std::copy_n(own.reach, own.size, out.reach + out.size);
+          std::copy_n(own.radius, own.size, out.radius + out.size);
+          std::copy_n(own.noise, own.size, out.noise + out.size);
+          for (index_t h = 0; h < heads_; ++h)
+            std::copy_n(own.score + h * own.capacity, own.size, out.score + h * out.capacity + out.size);
+          out.size += own.size;
+        }
+      }
+      taken_over.store(piece + 1, std::memory_order_release);
+    });
+    return !full;
   }
 
   void sample_until_verified(index_reader<Head>& read) noexcept {
@@ -446,7 +517,7 @@ class index_sampler {
       const double d2 = e.denominator * e.denominator;
       e.variance = found[at(g)].variance / d2;
       e.skew = found[at(g)].variance > 0 ? found[at(g)].third / (found[at(g)].variance * e.denominator) : 0;
-      e.rows = certain_ + read.values_read(), e.certain = certain_;
+      e.rows = certain_of(g) + read.values_read(), e.certain = certain_of(g);
       e.dof = found[at(g)].fourth > 0 ? 2 * found[at(g)].variance * found[at(g)].variance / found[at(g)].fourth
                                       : std::numeric_limits<double>::infinity();
     }
@@ -500,7 +571,7 @@ class index_sampler {
     const double unit = static_cast<double>(codes_.units().reach), away = std::max(1e-12, std::sqrt(e.away2));
     return std::log(stats::missable(e, promise_)) + static_cast<double>(read.reference(g)) -
            static_cast<double>(tables_.offset[at(g)]) - std::log(unit + std::min(away, unit * unit / away)) -
-           rounding() - rise(g, static_cast<double>(read.reference(g)) + std::log(e.denominator));
+           rounding(g) - rise(g, static_cast<double>(read.reference(g)) + std::log(e.denominator));
   }
   // By how much a logit may be more than scores know of: by mask and position bias, and by the cap's pull towards 0 of
   // what is negative. `top` is about the logarithm of D: what is e^12 below it, a sample of any kind covers.
@@ -522,8 +593,11 @@ class index_sampler {
     }
   }
 
-  // What the tables' rounding adds to z errors.
-  [[nodiscard]] double rounding() const noexcept { return 0.5 * shape.z * static_cast<double>(tables_.table_error); }
+  // What the tables' rounding adds to z errors of a typical cell's score: it is independent of them.
+  [[nodiscard]] double rounding(index_t g) const noexcept {
+    const double sigma = static_cast<double>(tables_.error(g, 32767)) * typical_radius_;
+    return shape.z * (std::hypot(sigma, static_cast<double>(tables_.table_error)) - sigma);
+  }
 
   // Reads the keys that the wanted thresholds take, and of lower ones as long as they show that this is not enough.
   // False: a number was not finite, or the scan's thresholds are too high.
@@ -601,7 +675,7 @@ class index_sampler {
     head_task<Head>& task = group_[g];
     done_[at(g)] = true;
     stats::certify(task.c, e, v,
-                   {.rows_exact = certain_,
+                   {.rows_exact = certain_of(g),
                     .rows_sampled = read.picks(),
                     .budget = read.picks(),
                     .kind = B::kind,
@@ -609,7 +683,12 @@ class index_sampler {
                     .assumptions = "asymptotic, as stated by the bound; and the codes' stated errors are true"});
     if (const chosen_rows& to = task.s.chosen) {
       to.clear();
-      for (index_t i = 0; i < certain_; ++i) to.add(index_t{s_.certain[at(i)]}, 1);
+      for (index_t i = 0; i < certain_; ++i) {
+        const index_t cell = index_t{s_.certain[at(i)]};
+        const bool seen =
+            certain_of(g) == certain_ || (cell >= task.tokens[0] && cell < task.tokens[0] + task.tokens.size());
+        if (seen) to.add(cell, 1);
+      }
       for (index_t i = 0; i < read.picks(); ++i) {
         if (read.weight(i) > 0) to.add(read.cell(i), static_cast<double>(read.weight(i)));
       }
@@ -633,48 +712,9 @@ class index_sampler {
   // All rows, for the heads that are not done.
   void rest_exactly() noexcept {
     enter(stage::exact);
-    if constexpr (!strided_head<Head>) {
-      for (index_t g = 0; g < heads_; ++g) {
-        head_task<Head>& task = group_[g];
-        if (!done_[at(g)] && task.ok) task.ok = attend_exactly(task.row, tokens_, task.s, task.state, task.c);
-      }
-    } else {
-      using K = typename Head::key_element;
-      static_assert(sizeof(query_row<Head>) <= index_scratch::row_bytes);
-      auto* const rows = reinterpret_cast<query_row<Head>*>(s_.exact_rows.data());
-      std::array<index_t, max_group> which{};
-      std::array<softmax_state, max_group> states;
-      index_t count = 0;
-      const index_t dk = head_.dk(), n = tokens_.size();
-      for (index_t g = 0; g < heads_; ++g) {
-        head_task<Head>& task = group_[g];
-        if (done_[at(g)] || !task.ok) continue;
-        which[at(count)] = g;
-        states[at(count)] = softmax_state(task.s.state);
-        std::construct_at(rows + count, task.row);
-        std::copy_n(task.row.scaled_query, dk, s_.queries.data() + count * dk);
-        ++count;
-      }
-      if (count == 0) return;
-      const query_group<Head> together{rows, states.data(),
-                                       kernel::prepare_queries<K>(kernel::active_isa(), s_.queries.data(), count, dk,
-                                                                  group_[0].row.scale, s_.reader.prepared),
-                                       s_.exact_part.first(at(count * head_.dv())), s_.exact_logits};
-      std::uint32_t odd = 0;
-      for (index_t from = 0; from < n; from += phase_rows) {
-        const index_t width = std::min(phase_rows, n - from);
-        odd |=
-            together.add(tokens_.contiguous() ? population(tokens_[from], tokens_[from] + width)
-                                              : population(std::span<const ordinal>(tokens_.list() + from, at(width))));
-      }
-      for (index_t i = 0; i < count; ++i) {
-        head_task<Head>& task = group_[which[at(i)]];
-        task.ok = (odd >> i & 1) == 0;
-        task.state = states[at(i)];
-        if (n > 0) add_sink(task.state, task.row.sink_logit);
-        certify_exact(task.c);
-      }
-    }
+    std::uint32_t left = 0;
+    for (index_t g = 0; g < heads_; ++g) left |= done_[at(g)] ? 0u : 1u << g;
+    attend_group_exactly(group_, left, s_.exact);
   }
 
   static constexpr index_shape_of_sample shape{};
@@ -692,7 +732,8 @@ class index_sampler {
   index_memory* remembered_;
   index_scratch s_;
   const Head head_;
-  const population& tokens_;
+  const population tokens_;
+  index_t front_ = 0, back_ = 0;  // tokens at its ends that not all queries see
   const cell_codes& codes_;
   const float* centre_;
   cell_tables tables_;
@@ -709,23 +750,39 @@ class index_sampler {
   std::array<stats::evidence, max_group> estimate_{};
 };
 
+/// Bytes for a group whose rows are all read.
+[[nodiscard]] inline std::size_t exact_bytes(index_t heads, index_t dk, index_t dv) noexcept {
+  arena count;
+  static_cast<void>(count.take<std::byte>(exact_scratch::piece_bytes(heads, dv)));
+  static_cast<void>(exact_scratch::take(count, heads, dk, dv));
+  return count.used() + workspace::alignment;
+}
+/// All rows, for every head of the group.
+template <kv_head Head>
+void attend_without_index(head_group<Head>& group) noexcept {
+  arena a(group.memory);
+  const Head& head = group[0].row.head;
+  static_cast<void>(a.take<std::byte>(exact_scratch::piece_bytes(group.size(), head.dv())));
+  attend_group_exactly(group, ~0u, exact_scratch::take(a, group.size(), head.dk(), head.dv()));
+}
+
 /// Every head of the group by its index.
 template <class Policy, kv_head Head>
-void attend_by_index(head_group<Head>& group, const config& settings, const select::beside& indices) noexcept {
+void attend_by_index(head_group<Head>& group, const config& settings, std::span<const kv_index> indices,
+                     std::span<index_memory> memory) noexcept {
   arena a(group.memory);
   const query_row<Head>& row = group[0].row;
-  const index_t kv_heads = indices.sequences[0].shape().n_kv_heads;
-  const kv_index& index = indices.sequences[static_cast<std::size_t>(row.kv_head / kv_heads)];
+  const index_t kv_heads = indices[0].shape().n_kv_heads;
+  const kv_index& index = indices[static_cast<std::size_t>(row.kv_head / kv_heads)];
   const auto scratch = index_scratch::take(a, row.head.size(), group.size(), row.head.dk(), row.head.dv(),
                                            settings.sinks + settings.window);
-  index_memory* const remembered =
-      indices.memory.empty() ? nullptr : &indices.memory[static_cast<std::size_t>(row.kv_head)];
+  index_memory* const remembered = memory.empty() ? nullptr : &memory[static_cast<std::size_t>(row.kv_head)];
   index_sampler<Policy, Head>(group, settings, index, row.kv_head % kv_heads, remembered, scratch).run();
 }
 
 /// What can be wrong with the indices of a call.
-template <kv_cache KV>
-[[nodiscard]] status check_index_call(const KV& cache, const select::beside& indices) noexcept {
+template <kv_cache KV, class Indices>
+[[nodiscard]] status check_index_call(const KV& cache, const Indices& indices) noexcept {
   const auto ll = [](index_t v) { return static_cast<long long>(v); };
   if (static_cast<index_t>(indices.sequences.size()) != cache.n_batch()) {
     return status::error(errc::invalid_argument, "%zu indices for %lld sequences: give one for each",

@@ -17,8 +17,48 @@
 
 namespace vattn::VATTN_ABI {
 
+/// What a worker needs for a piece of a group's work, at the front of its group's memory.
+struct index_piece {
+  static constexpr index_t blocks = 32;  // that are scanned
+  static constexpr index_t rows = 128;   // whose keys or values are read
+  static constexpr index_t most = 16;    // whose sums are kept at a time
+
+  std::span<std::byte> gathered;  // gathered_bytes
+  std::span<float> x, spare;      // [heads, block_rows]
+  kernel::cell_candidates found;  // of `blocks` blocks
+
+  [[nodiscard]] static index_piece take(arena& a, index_t heads, index_t dk, index_t dv) noexcept {
+    constexpr index_t cells = blocks * kernel::scan_keys;
+    const auto h = static_cast<std::size_t>(heads), n = static_cast<std::size_t>(cells);
+    index_piece p;
+    p.gathered = a.take<std::byte>(gathered_bytes(dk, dv));
+    p.x = a.take<float>(h * static_cast<std::size_t>(kernel::block_rows));
+    p.spare = a.take<float>(h * static_cast<std::size_t>(kernel::block_rows));
+    ordinal* const cell = a.take<ordinal>(n).data();
+    std::int16_t* const lanes = a.take<std::int16_t>((3 + h) * n).data();
+    if (lanes) p.found = {cell, lanes, lanes + cells, lanes + 2 * cells, lanes + 3 * cells, cells, 0};
+    return p;
+  }
+  [[nodiscard]] static std::size_t bytes(index_t heads, index_t dk, index_t dv) noexcept {
+    arena count;
+    static_cast<void>(take(count, heads, dk, dv));
+    return count.used() + workspace::alignment;
+  }
+};
+
 /// Memory of an `index_reader`, taken from the call's workspace.
 struct index_reader_memory {
+  // What pieces of keys say.
+  struct keys_seen {
+    std::array<float, max_group> top;
+    std::array<index_t, max_group> outside;
+    std::uint32_t odd;
+  };
+  // What pieces of values say of their spread; its third moment's sum of coefficients.
+  struct spread_seen {
+    std::array<double, max_group> variance, fourth, third;
+  };
+
   std::span<std::byte> rows;                            // gathered_bytes
   std::span<float> prepared, centred;                   // queries and outputs as block kernels want them
   std::span<float> sampled, certain;                    // stratum::storage_size
@@ -35,6 +75,10 @@ struct index_reader_memory {
   std::span<ordinal> kept;                              // [capacity]: picks whose values are read
   std::span<float> weights;                             // [capacity], 1/π of picks; 0: the value was not read
   std::span<float> by_level;                            // [levels] 1/π
+  std::span<keys_seen> keys;                            // [capacity / index_piece::rows + 1]
+  std::span<stratum> parts;                             // [index_piece::most]
+  std::span<spread_seen> spreads;                       // [index_piece::most]
+  std::span<float> part_vectors;                        // [index_piece::most, heads, dv]
   index_t capacity = 0;
   static constexpr index_t levels = 4096;  // steps below 0: no noise is larger than 17·ln 2 nats
 
@@ -65,6 +109,11 @@ struct index_reader_memory {
     m.kept = a.take<ordinal>(n);
     m.weights = a.take<float>(n);
     m.by_level = a.take<float>(static_cast<std::size_t>(levels));
+    constexpr auto parts = static_cast<std::size_t>(index_piece::most);
+    m.keys = a.take<keys_seen>(n / static_cast<std::size_t>(index_piece::rows) + 1);
+    m.parts = a.take<stratum>(parts);
+    m.spreads = a.take<spread_seen>(parts);
+    m.part_vectors = a.take<float>(parts * h * static_cast<std::size_t>(dv));
     m.capacity = capacity;
     return m;
   }
@@ -134,8 +183,9 @@ class index_reader {
       b.clear();
       std::fill_n(b.w, n, 1.0f);
       for (index_t i = 0; i < n; ++i) b.r2[i] = squared_distance(head_.value(index_t{here[i]}), centre_);
-      if (!weigh(here, n, nullptr)) return false;
-      exponentials(n);
+      if (!weigh_certain(here, n)) return false;
+      exponentials(m_.x.data(), n);
+      for (index_t h = 0; h < heads_; ++h) hide(h, here, n, 0);
       certain_.template add<V>(how_, m_.x.data(), b.w, nullptr, b.r2, rows_.values(here, n), 0, m_.spare.data());
     }
     return true;
@@ -228,31 +278,20 @@ class index_reader {
     }
     kept_ = count;
     sampled_.clear();
-    std::array<ordinal, kernel::block_rows> cells{};
-    block_weights b;
-    const auto fetch = [&](index_t from) {
-      for (index_t i = from; i < std::min(count, from + kernel::block_rows); ++i)
-        rows_.fetch_value(cell(index_t{m_.kept[at(i)]}));
-    };
-    for (index_t from = 0; from < count; from += kernel::block_rows) {
-      const index_t n = std::min(kernel::block_rows, count - from);
-      b.clear();
-      bool certain = true;
-      fetch(from + kernel::block_rows);
-      for (index_t i = 0; i < n; ++i) {
-        const index_t p = index_t{m_.kept[at(from + i)]};
-        const std::size_t c = candidate(p);
-        cells[at(i)] = m_.cells[c];
-        b.r2[i] = m_.reach2[at(p)];
-        b.w[i] = m_.weights[at(p)];
-        b.t[i] = b.w[i] * (b.w[i] - 1);
-        certain = certain && b.w[i] <= 1;
-        for (index_t h = 0; h < heads_; ++h) m_.x[at(h * kernel::block_rows + i)] = m_.logits[at(h * m_.capacity) + c];
-      }
-      exponentials(n);
-      sampled_.template add<V>(how_, m_.x.data(), b.w, certain ? nullptr : b.t, b.r2, rows_.values(cells.data(), n),
-                               coins(), m_.spare.data());
-    }
+    // The first rows have the signs of which the spectrum is known; sums of the others are made apart, and merged.
+    index_t done = 0;
+    for (; done < count && sampled_.wants_signs(); done += kernel::block_rows)
+      add_values(rows_, done, std::min(count, done + kernel::block_rows), coins(), m_.x.data(), m_.spare.data(),
+                 sampled_);
+    in_parts(
+        done, count,
+        [&](index_t part, index_t first, index_t last, const rows_of& rows, float* x, float* spare) {
+          stratum& to = *std::construct_at(&m_.parts[at(part)], part_vectors(part), heads_, head_.dv());
+          to.without_signs();
+          for (index_t from = first; from < last; from += kernel::block_rows)
+            add_values(rows, from, std::min(last, from + kernel::block_rows), 0, x, spare, to);
+        },
+        [&](index_t part) { sampled_.merge(m_.parts[at(part)]); });
   }
 
   /// Over the sampled values, t = (1 − π)/π²: Σ t x²‖v − ô‖², the sum of the squares of its terms, and the length of
@@ -271,41 +310,58 @@ class index_reader {
     const kernel::block_queries u = kernel::prepare_queries<V>(how_, away.data(), heads_, dv, 1, m_.centred);
     found = {};
     std::fill_n(m_.third.begin(), heads_ * dv, 0.0f);
-    std::array<ordinal, kernel::block_rows> cells{};
-    alignas(64) float w[kernel::block_rows], r2[kernel::block_rows];
-    index_t n = 0;
-    const auto flush = [&] {
-      const kernel::block_of_rows values = rows_.values(cells.data(), n);
-      kernel::block_logits<V>(u, values, m_.spare.data());
-      for (index_t h = 0; h < heads_; ++h) {
-        float* x = m_.x.data() + h * kernel::block_rows;
-        static_cast<void>(kernel::block_exponentials(how_, x, n, reference_[at(h)]));
-        const float* dot = m_.spare.data() + h * kernel::block_rows;
-        const auto u2 = static_cast<float>(away2[at(h)]), cu = along[at(h)];
-        spread& s = found[at(h)];
-        for (index_t i = 0; i < n; ++i) {
-          // r is known to a thousandth: that is what distances are known to.
-          const float rough = r2[i] + u2, far = std::max(rough - 2 * (dot[i] - cu), 4e-3f * rough);
-          const float term = w[i] * (w[i] - 1) * x[i] * x[i] * far;
-          s.variance += static_cast<double>(term), s.fourth += static_cast<double>(term) * static_cast<double>(term);
-          x[i] *= term * (w[i] - 1);
-          third[at(h)] += static_cast<double>(x[i]);
-        }
-        std::fill(x + n, x + kernel::block_rows, 0.0f);
-      }
-      kernel::block_add<V>(how_, m_.x.data(), heads_, values, dv, m_.third.data());
-      n = 0;
-    };
-    for (index_t k = 0; k < kept_; ++k) {
-      const index_t p = index_t{m_.kept[at(k)]};
-      if (!(m_.weights[at(p)] > 1)) continue;
-      const std::size_t c = candidate(p);
-      cells[at(n)] = m_.cells[c];
-      w[n] = m_.weights[at(p)], r2[n] = m_.reach2[at(p)];
-      for (index_t h = 0; h < heads_; ++h) m_.x[at(h * kernel::block_rows + n)] = m_.logits[at(h * m_.capacity) + c];
-      if (++n == kernel::block_rows) flush();
-    }
-    if (n > 0) flush();
+    in_parts(
+        0, kept_,
+        [&](index_t part, index_t first, index_t last, const rows_of& rows, float* xs, float* dots) {
+          typename index_reader_memory::spread_seen& seen = m_.spreads[at(part)];
+          seen = {};
+          const std::span<float> vectors = part_vectors(part);
+          std::fill(vectors.begin(), vectors.end(), 0.0f);
+          std::array<ordinal, kernel::block_rows> cells{};
+          alignas(64) float w[kernel::block_rows], r2[kernel::block_rows];
+          index_t n = 0;
+          const auto flush = [&] {
+            const kernel::block_of_rows values = rows.values(cells.data(), n);
+            kernel::block_logits<V>(u, values, dots);
+            for (index_t h = 0; h < heads_; ++h) {
+              float* x = xs + h * kernel::block_rows;
+              static_cast<void>(kernel::block_exponentials(how_, x, n, reference_[at(h)]));
+              const float* dot = dots + h * kernel::block_rows;
+              const auto u2 = static_cast<float>(away2[at(h)]), cu = along[at(h)];
+              for (index_t i = 0; i < n; ++i) {
+                // r is known to a thousandth: that is what distances are known to.
+                const float rough = r2[i] + u2, far = std::max(rough - 2 * (dot[i] - cu), 4e-3f * rough);
+                const float term = w[i] * (w[i] - 1) * x[i] * x[i] * far;
+                seen.variance[at(h)] += static_cast<double>(term);
+                seen.fourth[at(h)] += static_cast<double>(term) * static_cast<double>(term);
+                x[i] *= term * (w[i] - 1);
+                seen.third[at(h)] += static_cast<double>(x[i]);
+              }
+              std::fill(x + n, x + kernel::block_rows, 0.0f);
+            }
+            kernel::block_add<V>(how_, xs, heads_, values, dv, vectors.data());
+            n = 0;
+          };
+          for (index_t k = first; k < last; ++k) {
+            const index_t p = index_t{m_.kept[at(k)]};
+            if (!(m_.weights[at(p)] > 1)) continue;
+            const std::size_t c = candidate(p);
+            cells[at(n)] = m_.cells[c];
+            w[n] = m_.weights[at(p)], r2[n] = m_.reach2[at(p)];
+            for (index_t h = 0; h < heads_; ++h) xs[h * kernel::block_rows + n] = m_.logits[at(h * m_.capacity) + c];
+            if (++n == kernel::block_rows) flush();
+          }
+          if (n > 0) flush();
+        },
+        [&](index_t part) {
+          const typename index_reader_memory::spread_seen& seen = m_.spreads[at(part)];
+          for (index_t h = 0; h < heads_; ++h) {
+            found[at(h)].variance += seen.variance[at(h)], found[at(h)].fourth += seen.fourth[at(h)];
+            third[at(h)] += seen.third[at(h)];
+          }
+          const std::span<const float> vectors = part_vectors(part);
+          for (index_t j = 0; j < heads_ * dv; ++j) m_.third[at(j)] += vectors[at(j)];
+        });
     for (index_t h = 0; h < heads_; ++h) {
       const kernel::float_map sum(m_.third.data() + h * dv, dv);
       const kernel::const_float_map o(outputs.data() + h * dv, dv);
@@ -334,27 +390,96 @@ class index_reader {
 
   void set_levels() noexcept { kernel::cell_levels(how_, tables_.query, candidates_, m_.level.data()); }
 
+  [[nodiscard]] std::span<float> part_vectors(index_t part) const noexcept {
+    const auto size = at(heads_ * head_.dv());
+    return m_.part_vectors.subspan(at(part) * size, size);
+  }
+
+  // Cuts [first, last) of m_.kept in parts: f(part, from, to, gatherer, x, spare) on any thread, part below
+  // index_piece::most, then take(part) in order.
+  template <class F, class Take>
+  void in_parts(index_t first, index_t last, F&& f, Take&& take) noexcept {
+    for (; first < last; first += index_piece::most * index_piece::rows) {
+      const index_t parts = std::min(index_piece::most, (last - first + index_piece::rows - 1) / index_piece::rows);
+      group_.for_each_piece(parts, [&](index_t part, std::span<std::byte> memory) {
+        arena a(memory);
+        const index_piece own = index_piece::take(a, heads_, head_.dk(), head_.dv());
+        const index_t from = first + part * index_piece::rows;
+        f(part, from, std::min(last, from + index_piece::rows), rows_of(head_, own.gathered), own.x.data(),
+          own.spare.data());
+      });
+      for (index_t part = 0; part < parts; ++part) take(part);
+    }
+  }
+
+  // Adds the values of m_.kept[first, last), at most block_rows.
+  void add_values(const rows_of& rows, index_t first, index_t last, std::uint64_t signs, float* x, float* spare,
+                  stratum& to) noexcept {
+    std::array<ordinal, kernel::block_rows> cells{};
+    block_weights b;
+    const index_t n = last - first;
+    bool certain = true;
+    b.clear();
+    for (index_t i = last; i < std::min(kept_, last + kernel::block_rows); ++i)
+      rows.fetch_value(cell(index_t{m_.kept[at(i)]}));
+    for (index_t i = 0; i < n; ++i) {
+      const index_t p = index_t{m_.kept[at(first + i)]};
+      const std::size_t c = candidate(p);
+      cells[at(i)] = m_.cells[c];
+      b.r2[i] = m_.reach2[at(p)];
+      b.w[i] = m_.weights[at(p)];
+      b.t[i] = b.w[i] * (b.w[i] - 1);
+      certain = certain && b.w[i] <= 1;
+      for (index_t h = 0; h < heads_; ++h) x[h * kernel::block_rows + i] = m_.logits[at(h * m_.capacity) + c];
+    }
+    exponentials(x, n);
+    to.template add<V>(how_, x, b.w, certain ? nullptr : b.t, b.r2, rows.values(cells.data(), n), signs, spare);
+  }
+
   // Keys of the first `count` of m_.kept, candidates here.
   [[nodiscard]] bool read_keys(index_t count) noexcept {
-    std::array<ordinal, kernel::block_rows> cells{};
-    const auto fetch = [&](index_t from) {
-      for (index_t i = from; i < std::min(count, from + kernel::block_rows); ++i)
-        rows_.fetch_key(index_t{m_.cells[m_.kept[at(i)]]});
-    };
-    for (index_t first = 0; first < count; first += kernel::block_rows) {
-      const index_t n = std::min(kernel::block_rows, count - first);
-      const ordinal* const which = m_.kept.data() + first;
-      for (index_t i = 0; i < n; ++i) cells[at(i)] = m_.cells[which[i]];
-      fetch(first + kernel::block_rows);
-      if (!weigh(cells.data(), n, which)) return false;
-      for (index_t h = 0; h < heads_; ++h) {
-        float* to = m_.logits.data() + h * m_.capacity;
-        for (index_t i = 0; i < n; ++i) to[which[i]] = m_.x[at(h * kernel::block_rows + i)];
+    const index_t pieces = (count + index_piece::rows - 1) / index_piece::rows;
+    group_.for_each_piece(pieces, [&](index_t piece, std::span<std::byte> memory) {
+      arena a(memory);
+      const index_piece own = index_piece::take(a, heads_, head_.dk(), head_.dv());
+      const rows_of rows(head_, own.gathered);
+      const index_t end = std::min(count, (piece + 1) * index_piece::rows);
+      typename index_reader_memory::keys_seen& seen = m_.keys[at(piece)];
+      seen.top.fill(-std::numeric_limits<float>::infinity());
+      seen.outside = {};
+      seen.odd = 0;
+      std::array<ordinal, kernel::block_rows> cells{};
+      for (index_t first = piece * index_piece::rows; first < end; first += kernel::block_rows) {
+        const index_t n = std::min(kernel::block_rows, end - first);
+        const ordinal* const which = m_.kept.data() + first;
+        for (index_t i = 0; i < n; ++i) cells[at(i)] = m_.cells[which[i]];
+        for (index_t i = first + n; i < std::min(count, first + n + kernel::block_rows); ++i)
+          rows.fetch_key(index_t{m_.cells[m_.kept[at(i)]]});
+        float* const x = own.x.data();
+        kernel::block_logits<K>(prepared_, rows.keys(cells.data(), n), x);
+        for (index_t h = 0; h < heads_; ++h) {
+          float* const l = x + h * kernel::block_rows;
+          seen.outside[at(h)] += outside_of_scores(h, l, n, which);
+          transform(h, cells.data(), l, n);
+          float top = 0;
+          if (!kernel::block_maximum(how_, l, n, top)) seen.odd |= 1u << h;
+          seen.top[at(h)] = std::max(seen.top[at(h)], top);
+          float* const to = m_.logits.data() + h * m_.capacity;
+          for (index_t i = 0; i < n; ++i) to[which[i]] = l[i];
+        }
+        for (index_t i = 0; i < n; ++i) m_.seen[which[i]] = 1;
       }
-      for (index_t i = 0; i < n; ++i) m_.seen[which[i]] = 1;
+    });
+    for (index_t piece = 0; piece < pieces; ++piece) {
+      const typename index_reader_memory::keys_seen& seen = m_.keys[at(piece)];
+      odd_ |= seen.odd;
+      for (index_t h = 0; odd_ == 0 && h < heads_; ++h) {
+        breaches_[at(h)] += seen.outside[at(h)];
+        raise(h, seen.top[at(h)]);
+      }
     }
     keys_read_ += count;
-    return true;
+    return odd_ == 0;
   }
 
   // 1/π of levels down to −count.
@@ -366,35 +491,50 @@ class index_reader {
     }
   }
 
-  // Logits of cells into x; `which` are the candidates that they are, whose scores are checked.
-  [[nodiscard]] bool weigh(const ordinal* cells, index_t n, const ordinal* which) noexcept {
+  // Logits of rows that are read for certain, into m_.x.
+  [[nodiscard]] bool weigh_certain(const ordinal* cells, index_t n) noexcept {
     kernel::block_logits<K>(prepared_, rows_.keys(cells, n), m_.x.data());
     for (index_t h = 0; h < heads_; ++h) {
       float* l = m_.x.data() + h * kernel::block_rows;
-      if (which) check_scores(h, l, n, which);
-      if (transforms_) {
-        for (index_t i = 0; i < n; ++i) l[i] = group_[h].row.transform(l[i], index_t{cells[i]});
-      }
+      transform(h, cells, l, n);
+      hide(h, cells, n, hidden_logit);
       float top;
       if (!kernel::block_maximum(how_, l, n, top)) {
         odd_ |= 1u << h;
         return false;
       }
-      if (top > reference_[at(h)]) {  // with room, so that it seldom happens
-        const float higher = top + 2;
-        if (std::isfinite(reference_[at(h)])) {
-          const double factor = std::exp(static_cast<double>(reference_[at(h)] - higher));
-          sampled_.rescale(h, factor);
-          certain_.rescale(h, factor);
-        }
-        reference_[at(h)] = higher;
-      }
+      raise(h, top);
     }
     return true;
   }
+  // Rows that other queries of the group see, and this one does not. They are all certain.
+  void hide(index_t h, const ordinal* cells, index_t n, float what) noexcept {
+    if (group_[0].query == group_[heads_ - 1].query) return;  // all see the same
+    const population& seen = group_[h].tokens;
+    float* l = m_.x.data() + h * kernel::block_rows;
+    for (index_t i = 0; i < n; ++i) {
+      const index_t token = index_t{cells[i]};
+      if (token < seen[0] || token >= seen[0] + seen.size()) l[i] = what;
+    }
+  }
+  void transform(index_t h, const ordinal* cells, float* l, index_t n) const noexcept {
+    if (!transforms_) return;
+    for (index_t i = 0; i < n; ++i) l[i] = group_[h].row.transform(l[i], index_t{cells[i]});
+  }
+  // A head's reference, with room, so that it seldom rises.
+  void raise(index_t h, float top) noexcept {
+    if (!(top > reference_[at(h)])) return;
+    const float higher = top + 2;
+    if (std::isfinite(reference_[at(h)])) {
+      const double factor = std::exp(static_cast<double>(reference_[at(h)] - higher));
+      sampled_.rescale(h, factor);
+      certain_.rescale(h, factor);
+    }
+    reference_[at(h)] = higher;
+  }
 
-  // Counts the logits that are further from their scores than these state.
-  void check_scores(index_t h, const float* l, index_t n, const ordinal* which) noexcept {
+  // The logits that are further from their scores than these state.
+  [[nodiscard]] index_t outside_of_scores(index_t h, const float* l, index_t n, const ordinal* which) const noexcept {
     const float base = tables_.offset[at(h)], rounding = 4 * tables_.table_error;
     const std::int16_t* score = m_.score.data() + h * m_.capacity;
     index_t outside = 0;
@@ -403,17 +543,19 @@ class index_reader {
       const float off = std::abs(l[i] - base - tables_.score(score[c]));
       outside += off > 4 * tables_.error(h, m_.radius[c]) + rounding + 1e-2f * (1 + std::abs(l[i])) ? 1 : 0;
     }
-    breaches_[at(h)] += outside;
+    return outside;
   }
 
   // x = exp(l − reference), 0 behind the block's rows.
-  void exponentials(index_t n) noexcept {
+  void exponentials(float* x, index_t n) const noexcept {
     for (index_t h = 0; h < heads_; ++h) {
-      float* l = m_.x.data() + h * kernel::block_rows;
+      float* l = x + h * kernel::block_rows;
       static_cast<void>(kernel::block_exponentials(how_, l, n, reference_[at(h)]));
       std::fill(l + n, l + kernel::block_rows, 0.0f);
     }
   }
+
+  static constexpr float hidden_logit = -1e30f;
 
   head_group<Head>& group_;
   const Head& head_;

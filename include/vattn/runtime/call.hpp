@@ -16,6 +16,7 @@
 #include "vattn/kv/query.hpp"
 #include "vattn/kv/view.hpp"
 #include "vattn/runtime/arguments.hpp"
+#include "vattn/runtime/crew.hpp"
 #include "vattn/runtime/executor.hpp"
 #include "vattn/runtime/workspace.hpp"
 #include "vattn/sample/philox.hpp"
@@ -52,13 +53,16 @@ struct scratch {
   struct sparse_sizes {
     std::size_t drawn = 0, table = 0, weighted = 0, candidates = 0, selector = 0;
     bool sampled = false;
+    bool measured = false;   // squares of values are summed, so that they need a unit
     bool observed = false;   // the call may have an auditor
     bool ranked = false;     // tokens are put in order
     bool errors = false;     // scores come with error scales
     std::size_t matrix = 0;  // dv², twice, where a second moment is kept whole
     index_t sinks = 0, window = 0;
     index_t shared = 1;           // heads of a group that are attended together, at most max_shared
+    index_t queries = 1;          // with so many queries, where all see ranges: shared·queries <= max_shared
     std::size_t group_bytes = 0;  // of memory for a group together
+    bool cut = false;             // groups offer pieces of their work to workers that have none
   };
 
   [[nodiscard]] static scratch take(arena& a, index_t n, index_t dk, index_t dv, bool masked,
@@ -148,12 +152,14 @@ struct head_task {
   scratch s;
   softmax_state state{};
   certificate c{};
-  bool ok = true;  ///< false: it met a number that is not finite, or an index that lags
+  index_t query = 0;  ///< t of the call's T
+  bool ok = true;     ///< false: it met a number that is not finite, or an index that lags
   // What a first phase must cover, see sampling_frame.
   double log_floor = -std::numeric_limits<double>::infinity(), offset = 0;
 };
 
-/// Heads of one KV head that see the same tokens; 1 to max_shared of them.
+/// Heads of one KV head, 1 to max_shared of them, query by query. Those of one query see the same tokens; where there
+/// are several queries, each sees a range.
 template <kv_head Head>
 class head_group {
  public:
@@ -161,6 +167,16 @@ class head_group {
   [[nodiscard]] index_t size() const noexcept { return size_; }
   [[nodiscard]] head_task<Head>& operator[](index_t g) noexcept { return *tasks_[static_cast<std::size_t>(g)]; }
   std::span<std::byte> memory{};  ///< sparse_sizes::group_bytes
+  crew* helpers = nullptr;        ///< where sparse_sizes::cut
+  index_t worker = 0;
+
+  /// f(piece, memory) for every piece of [0, n), on any thread, beginning in ascending order. `memory` is as large as
+  /// the group's own, which it may be.
+  template <class F>
+  void for_each_piece(index_t n, F&& f) noexcept {
+    if (helpers) return helpers->for_each(worker, memory, n, f);
+    for (index_t piece = 0; piece < n; ++piece) f(piece, memory);
+  }
 
  private:
   std::array<std::optional<head_task<Head>>, static_cast<std::size_t>(max_shared)> tasks_{};
@@ -177,7 +193,7 @@ struct unobserved {
 [[nodiscard]] inline std::size_t call_bytes(index_t n, index_t dk, index_t dv, bool masked,
                                             const scratch::sparse_sizes& sparse, index_t workers) noexcept {
   arena count;
-  for (index_t w = 0; w < workers * sparse.shared; ++w)
+  for (index_t w = 0; w < workers * sparse.shared * sparse.queries; ++w)
     static_cast<void>(scratch::take(count, n, dk, dv, masked, sparse));
   for (index_t w = 0; w < workers; ++w) static_cast<void>(count.take<std::byte>(sparse.group_bytes));
   return count.used() + workspace::alignment;
@@ -213,13 +229,23 @@ template <class Q, kv_cache KV, executor E, class Attend>
   const index_t group = n_heads / cache.n_kv_heads();
   const index_t shared = std::min(options.mask.same_for_heads() ? sparse.shared : 1, std::max<index_t>(1, group));
   const index_t parts = group > 0 ? (group + shared - 1) / shared : 0;
-  const index_t tasks = q.extents[0] * n_queries * cache.n_kv_heads() * parts;
+  const index_t tile = std::max<index_t>(1, std::min(sparse.queries, n_queries)), tiles = (n_queries + tile - 1) / tile;
+  const index_t tasks = q.extents[0] * tiles * cache.n_kv_heads() * parts;
   std::atomic<index_t> failed{-1};
   std::atomic<bool> lagging{false};
+  // Behind the tasks, workers that find none left: parts of a call, which others do the rest of, have no such.
+  constexpr bool whole = !partial_executor<E>;
+  const index_t helping = whole && sparse.cut && workers > 1 ? workers - 1 : 0;
+  crew helpers(tasks, helping + 1);
   const auto run = [&](index_t task, index_t worker) {
+    if (task >= tasks) {
+      arena a(memory.memory().subspan(call_bytes(n_max, dk, dv, masked, sparse, worker) - workspace::alignment));
+      return helpers.help(a.take<std::byte>(sparse.group_bytes));
+    }
+    helpers.begin();
     const index_t part = task % parts, kv = task / parts % cache.n_kv_heads();
-    const index_t t = task / parts / cache.n_kv_heads() % n_queries, b = task / parts / cache.n_kv_heads() / n_queries;
-    const index_t first_head = kv * group + part * shared;
+    const index_t t0 = task / parts / cache.n_kv_heads() % tiles * tile, b = task / parts / cache.n_kv_heads() / tiles;
+    const index_t first_head = kv * group + part * shared, queries = std::min(tile, n_queries - t0);
     const index_t heads = std::min(shared, group - part * shared);
     arena a(memory.memory().subspan(call_bytes(n_max, dk, dv, masked, sparse, worker) - workspace::alignment));
     const auto head = cache.head(b, kv);
@@ -227,26 +253,28 @@ template <class Q, kv_cache KV, executor E, class Attend>
     const index_t n = head.size();
     head_group<head_type> together;
     together.memory = a.take<std::byte>(sparse.group_bytes);
-    for (index_t h = first_head; h < first_head + heads; ++h) {
+    if (helping > 0) together.helpers = &helpers, together.worker = worker;
+    for (index_t i = 0; i < queries * heads; ++i) {
+      const index_t t = t0 + i / heads, h = first_head + i % heads;
       scratch s = scratch::take(a, n_max, dk, dv, masked, sparse);
       s.chosen = result.decisions.at(b, t, h);
       s.chosen.clear();
       const query_row<head_type> row = make_row(q, head, options, b, t, h, b * cache.n_kv_heads() + kv, s.query);
       const population tokens = visible_tokens(row, n, n_queries, t, options, sparse, s);
       const random_stream stream(key.at(b, t), key.first_head + static_cast<std::uint32_t>(h));
-      head_task<head_type> one{.row = row, .tokens = tokens, .stream = stream, .s = s};
+      head_task<head_type> one{.row = row, .tokens = tokens, .stream = stream, .s = s, .query = t};
       one.state = softmax_state(s.state);
       one.c.n = tokens.size();
       // Exact attention squares nothing.
-      if (sparse.sampled || sparse.group_bytes > 0)
-        one.row.value_unit = h == first_head ? value_unit(head, tokens, s.output) : together[0].row.value_unit;
+      if (sparse.sampled || sparse.measured)
+        one.row.value_unit = i == 0 ? value_unit(head, tokens, s.output) : together[0].row.value_unit;
       one.ok = std::isfinite(row.sink_logit) || row.sink_logit == -std::numeric_limits<float>::infinity();
       together.push(std::move(one));
     }
     attend(together);
-    for (index_t g = 0; g < heads; ++g) {
+    for (index_t g = 0; g < queries * heads; ++g) {
       head_task<head_type>& one = together[g];
-      const index_t h = first_head + g, place = (b * n_queries + t) * n_heads + h;
+      const index_t t = one.query, h = first_head + g % heads, place = (b * n_queries + t) * n_heads + h;
       const float lse = one.state.finish(one.s.output);
       for (float& x : one.s.output) x *= 1 / one.row.value_unit;
       const bool finite = one.ok && std::isfinite(one.state.denominator()) &&
@@ -261,8 +289,9 @@ template <class Q, kv_cache KV, executor E, class Attend>
       if (result.certificates) result.certificates(b, t, h) = one.c;
       if (one.c.exact()) one.s.chosen.all(one.tokens);
     }
+    helpers.end();
   };
-  if (status st = run_tasks(exec, workers, tasks, run); !st) return st;
+  if (status st = run_tasks(exec, workers, tasks + helping, run); !st) return st;
   if (const index_t place = failed.load(); place >= 0) {
     if (lagging.load()) {
       return status::error(

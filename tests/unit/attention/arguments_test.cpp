@@ -27,7 +27,7 @@ struct call {
   std::string why(errc code = errc::invalid_argument) {
     vattn::workspace memory;
     const vattn::status dense = vattn::exact_attention(q, cache, options, result, memory);
-    const vattn::status sparse = vattn::vattention<>(settings)(q, cache, options, result, memory);
+    const vattn::status sparse = vattn::vattention<vattn::ranked_policy>(settings)(q, cache, options, result, memory);
     CHECK(dense.code() == code);
     CHECK(sparse.code() == code);
     CHECK(std::string(dense.message()) == sparse.message());
@@ -146,7 +146,8 @@ TEST_CASE("settings are checked before the arguments", "[arguments]") {
     vattn::config settings;
     change(settings);
     vattn::workspace memory;
-    const vattn::status s = vattn::vattention<>(settings)(c.q, c.cache, c.options, c.result, memory);
+    const vattn::status s =
+        vattn::vattention<vattn::ranked_policy>(settings)(c.q, c.cache, c.options, c.result, memory);
     CHECK(s.code() == errc::invalid_argument);
     return std::string(s.message());
   };
@@ -312,9 +313,9 @@ TEST_CASE("strides of 0 repeat what is read", "[arguments]") {
       results a(p.s), b(p.s);
       vattn::workspace memory;
       const auto run = [&](const auto& q, const auto& cache, results& r) {
-        const vattn::status s =
-            sparse ? vattn::vattention<>(vattn::config{.epsilon = 0.2})(q, cache, p.options, r.view(), memory)
-                   : vattn::exact_attention(q, cache, p.options, r.view(), memory);
+        const vattn::status s = sparse ? vattn::vattention<vattn::ranked_policy>(vattn::config{.epsilon = 0.2})(
+                                             q, cache, p.options, r.view(), memory)
+                                       : vattn::exact_attention(q, cache, p.options, r.view(), memory);
         INFO(s.message());
         REQUIRE(s.ok());
       };
@@ -330,7 +331,7 @@ TEST_CASE("strides of 0 repeat what is read", "[arguments]") {
   for (const bool sparse : {false, true}) {
     results r(p.s);
     vattn::workspace memory;
-    REQUIRE((sparse ? vattn::vattention<>()(query, same, p.options, r.view(), memory)
+    REQUIRE((sparse ? vattn::vattention<vattn::ranked_policy>()(query, same, p.options, r.view(), memory)
                     : vattn::exact_attention(query, same, p.options, r.view(), memory))
                 .ok());
     for (std::size_t row = 0; row < 24; ++row)

@@ -253,7 +253,7 @@ void serve_policy(Select&& select) {
 }  // namespace
 
 TEST_CASE("batching: uniform sampling", "[batching]") {
-  serve_policy<default_policy>([](const batch&, auto&& run) { return run({}); });
+  serve_policy<ranked_policy>([](const batch&, auto&& run) { return run({}); });
 }
 
 TEST_CASE("batching: importance sampling, by head and by group", "[batching]") {
@@ -294,7 +294,7 @@ TEST_CASE("batching: without keys of sequences a slot changes nothing either", "
       workspace memory;
       return b.run(
           [&](const auto& q, const attention_result& r, const draw_key&) {
-            return vattention<>(settings)(q, cache, {.scale = 0.25f}, r, memory, {.seed = 9, .step = 4});
+            return vattention<ranked_policy>(settings)(q, cache, {.scale = 0.25f}, r, memory, {.seed = 9, .step = 4});
           },
           true)[slot];
     });
@@ -309,17 +309,18 @@ TEST_CASE("batching: heads of a shard draw as heads of the model", "[batching]")
   const batch b({&one});
   padded{}.with(b, [&](const auto& cache) {
     workspace memory;
-    const std::vector<answer> whole =
-        b.run([&](const auto& q, const attention_result& r,
-                  const draw_key& key) { return vattention<>(settings)(q, cache, {.scale = 0.25f}, r, memory, key); },
-              false);
+    const std::vector<answer> whole = b.run(
+        [&](const auto& q, const attention_result& r, const draw_key& key) {
+          return vattention<ranked_policy>(settings)(q, cache, {.scale = 0.25f}, r, memory, key);
+        },
+        false);
     // The second KV head with its two query heads.
     std::vector<float> output(2 * d);
     const auto shard = contiguous_kv(one.key(1, 0), one.value(1, 0), {.n_tokens = one.n, .dk = d, .dv = d});
     const sequence_key key{.seed = one.seed, .step = one.step};
-    REQUIRE(vattention<>(settings)(tensor_view<const float, 4>(b.q.data() + 2 * d, {1, 1, 2, d}), shard,
-                                   {.scale = 0.25f}, {.output = {output.data(), {1, 1, 2, d}}}, memory,
-                                   {.layer = 3, .sequences = {&key, 1}, .first_head = 2})
+    REQUIRE(vattention<ranked_policy>(settings)(tensor_view<const float, 4>(b.q.data() + 2 * d, {1, 1, 2, d}), shard,
+                                                {.scale = 0.25f}, {.output = {output.data(), {1, 1, 2, d}}}, memory,
+                                                {.layer = 3, .sequences = {&key, 1}, .first_head = 2})
                 .ok());
     CHECK(std::equal(output.begin(), output.end(), whole[0].output.begin() + 2 * d));
     return 0;
@@ -336,7 +337,7 @@ TEST_CASE("batching: several queries draw as one at a time", "[batching]") {
       k.insert(k.end(), one.key(h, 0), one.key(h, tokens));
       v.insert(v.end(), one.value(h, 0), one.value(h, tokens));
     }
-    REQUIRE(vattention<>(settings)(
+    REQUIRE(vattention<ranked_policy>(settings)(
                 tensor_view<const float, 4>(one.q.data() + first * heads * d, {1, queries, heads, d}),
                 contiguous_kv(k.data(), v.data(), {.n_kv_heads = kv_heads, .n_tokens = tokens, .dk = d, .dv = d}),
                 {.scale = 0.25f, .causal = true}, {.output = {output.data(), {1, queries, heads, d}}}, memory,
@@ -357,9 +358,9 @@ TEST_CASE("batching: keys that do not fit the call", "[batching]") {
     std::vector<float> output(2 * heads * d);
     workspace memory;
     const auto why = [&](const draw_key& key) {
-      const status s =
-          vattention<>(settings)(tensor_view<const float, 4>(b.q.data(), {2, 1, heads, d}), cache, {.scale = 0.25f},
-                                 {.output = {output.data(), {2, 1, heads, d}}}, memory, key);
+      const status s = vattention<ranked_policy>(settings)(tensor_view<const float, 4>(b.q.data(), {2, 1, heads, d}),
+                                                           cache, {.scale = 0.25f},
+                                                           {.output = {output.data(), {2, 1, heads, d}}}, memory, key);
       CHECK(s.code() == errc::invalid_argument);
       return std::string(s.message());
     };

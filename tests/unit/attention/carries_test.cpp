@@ -217,7 +217,8 @@ TEST_CASE("a store with everything that a call may carry", "[attention][policy][
         CHECK(contains(refused.message(), "use a view"));
         if (p.options.softcap > 0) continue;  // exact attention has it
         CHECK(contains(exact_attention(p.query(), store, p.options, truth.view(), memory).message(), "use a view"));
-        CHECK(contains(vattention<>()(p.query(), store, p.options, truth.view(), memory).message(), "use a view"));
+        CHECK(contains(vattention<ranked_policy>()(p.query(), store, p.options, truth.view(), memory).message(),
+                       "use a view"));
         continue;
       }
       REQUIRE(exact_attention(p.query(), p.cache(), p.options, truth.view(), memory).ok());

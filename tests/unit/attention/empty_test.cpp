@@ -140,7 +140,7 @@ TEST_CASE("empty sequences of a batch, empty page lists, and positions that leav
   };
   REQUIRE(exact_attention(r.p.query(), r.contiguous(), r.p.options, to.view(), memory).ok());
   check(0), check(2);
-  REQUIRE(vattention<>(small_config())(r.p.query(), r.contiguous(), r.p.options, to.view(), memory).ok());
+  REQUIRE(vattention<ranked_policy>(small_config())(r.p.query(), r.contiguous(), r.p.options, to.view(), memory).ok());
   check(0), check(2);
 
   // Without any page at all: no rows, and no ids.
@@ -151,7 +151,7 @@ TEST_CASE("empty sequences of a batch, empty page lists, and positions that leav
   const auto paged = flashinfer_paged_kv(rows, rows, page_order::nhd, none);
   REQUIRE(exact_attention(r.p.query(), paged, r.p.options, to.view(), memory).ok());
   for (index_t b = 0; b < 3; ++b) check(b);
-  REQUIRE(vattention<>(small_config())(r.p.query(), paged, r.p.options, to.view(), memory).ok());
+  REQUIRE(vattention<ranked_policy>(small_config())(r.p.query(), paged, r.p.options, to.view(), memory).ok());
   for (index_t b = 0; b < 3; ++b) check(b);
 
   // Cells of other sequences alone, and cells after the query's own position.
@@ -166,7 +166,7 @@ TEST_CASE("empty sequences of a batch, empty page lists, and positions that leav
       o.positions = {{at->data(), {1, 70}}, {query, {1, 1}}};
       o.causal = !window, o.sliding_window = window ? 500 : 0;
       for (const bool sparse : {false, true}) {
-        const status s = sparse ? vattention<>(small_config())(p.query(), p.cache(), o, one.view(), memory)
+        const status s = sparse ? vattention<ranked_policy>(small_config())(p.query(), p.cache(), o, one.view(), memory)
                                 : exact_attention(p.query(), p.cache(), o, one.view(), memory);
         REQUIRE(s.ok());
         for (std::size_t h = 0; h < 4; ++h) check_nothing(one, h, sink_logits[h]);

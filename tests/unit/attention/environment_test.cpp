@@ -76,7 +76,7 @@ void check_same_bits(const std::function<bytes()>& f) {
   }
 }
 
-template <class Cache, class Policy = default_policy, class E = serial_executor>
+template <class Cache, class Policy = ranked_policy, class E = serial_executor>
 results attend(const problem<>& p, const Cache& cache, const typename Policy::selector& selector = {}, E&& exec = E{}) {
   config c;
   c.sinks = c.window = 16;

@@ -153,10 +153,10 @@ void check_indexed(const problem<T>& p, const config& c, Make&& make, const std:
 }
 
 template <class Bound>
-struct bounded : default_policy {
+struct bounded : ranked_policy {
   using bound = Bound;
 };
-struct with_replacement : default_policy {
+struct with_replacement : ranked_policy {
   using sampler = sample::uniform_with_replacement;
 };
 struct by_logits : default_policy {
@@ -172,7 +172,7 @@ struct unranked : default_policy {
   using selector = select::none;
 };
 template <class Target, class Bound>
-struct published : default_policy {
+struct published : ranked_policy {
   using target = Target;
   using bound = Bound;
 };
@@ -202,13 +202,13 @@ constexpr index_t long_enough_to_sample = 8192;
 TEST_CASE("equivariance: uniform samples of ranked contributions") {
   for (const bool mean : {true, false}) {
     const auto p = problem_of(long_enough_to_sample, mean);
-    check_policy<default_policy>(p, settings(mean), all_scales);
+    check_policy<ranked_policy>(p, settings(mean), all_scales);
     check_policy<bounded<budget::student>>(p, settings(mean));
     check_policy<with_replacement>(p, settings(mean));
     check_policy<by_logits>(p, settings(mean));
     check_policy<by_mass>(p, settings(mean));
   }
-  check_policy<default_policy>(problem_of<Eigen::bfloat16>(long_enough_to_sample, true), settings(true));
+  check_policy<ranked_policy>(problem_of<Eigen::bfloat16>(long_enough_to_sample, true), settings(true));
 }
 
 TEST_CASE("equivariance: uniform samples at finite size") {
@@ -323,7 +323,7 @@ TEST_CASE("equivariance: a store of rows in one piece, and its norms") {
       [&](const problem<>& q) {
         interleaved_store<float> store({.n_kv_heads = 1, .dk = 48, .dv = 48});
         REQUIRE(store.assign(q.cache()).ok());
-        return attend_with<default_policy>(q, store, c, {});
+        return attend_with<ranked_policy>(q, store, c, {});
       },
       all_scales);
 }
@@ -341,7 +341,7 @@ TEST_CASE("equivariance: exact attention") {
         },
         all_scales, false);
   }
-  check_policy<default_policy>(problem_of(300, true), settings(true), few_scales, false);
+  check_policy<ranked_policy>(problem_of(300, true), settings(true), few_scales, false);
 }
 
 TEST_CASE("equivariance: rows that are decoded, by the scale of an FP8 cache") {
@@ -367,7 +367,7 @@ TEST_CASE("equivariance: rows that are decoded, by the scale of an FP8 cache") {
     const problem<> q = scaled(p, {0, s.b});
     std::vector<sketch::key_codes<4>> codes{sketch::key_codes<4>(d, 1)};
     append_from(codes[0], cache.head(0, 0));
-    return std::pair{attend_with<default_policy>(q, cache, c, {}),
+    return std::pair{attend_with<ranked_policy>(q, cache, c, {}),
                      attend_with<importance<sketch::key_codes<4>>>(q, cache, c, {codes})};
   };
   const auto base = at_scale({});

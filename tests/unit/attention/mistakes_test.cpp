@@ -19,7 +19,8 @@ struct first_call {
   vattn::workspace memory{};
 
   std::string message() {
-    const vattn::status s = vattn::vattention<>(settings)(p.query(), cache, options, r.view(), memory);
+    const vattn::status s =
+        vattn::vattention<vattn::ranked_policy>(settings)(p.query(), cache, options, r.view(), memory);
     CHECK_FALSE(s.ok());
     return s.message();
   }
@@ -61,5 +62,6 @@ TEST_CASE("first mistakes: no workspace", "[arguments]") {
   CHECK(contains(m, ": size it with workspace_bytes(), or pass a default-constructed workspace"));
   // Taken at its word:
   c.memory = {};
-  CHECK(vattn::vattention<>(c.settings)(c.p.query(), c.cache, c.options, c.r.view(), c.memory).ok());
+  CHECK(
+      vattn::vattention<vattn::ranked_policy>(c.settings)(c.p.query(), c.cache, c.options, c.r.view(), c.memory).ok());
 }

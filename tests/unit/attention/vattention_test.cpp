@@ -1,4 +1,4 @@
-// vattention<>: what depends on what, and the inputs at which sampling degenerates.
+// vattention<ranked_policy>: what depends on what, and the inputs at which sampling degenerates.
 #include <algorithm>
 #include <vector>
 
@@ -17,7 +17,7 @@ vattn::config small_config() {
   return c;
 }
 
-template <class T, class Policy = vattn::default_policy, class E = vattn::serial_executor>
+template <class T, class Policy = vattn::ranked_policy, class E = vattn::serial_executor>
 results sparse(const problem<T>& p, const vattn::config& c = small_config(), const vattn::draw_key& key = {},
                E&& exec = E{}) {
   results r(p.s);
@@ -131,7 +131,7 @@ TEST_CASE("one object, one key, one result: threads, memory and history do not m
   }
   // A used workspace, full of other numbers.
   vattn::workspace memory;
-  const vattn::vattention<> attend(small_config());
+  const vattn::vattention<vattn::ranked_policy> attend(small_config());
   results other(p.s), again(p.s);
   REQUIRE(memory.reserve(1 << 22).ok());
   std::fill(memory.memory().begin(), memory.memory().end(), std::byte{0xa5});
@@ -314,7 +314,7 @@ TEST_CASE("NaN and infinity in what is read are reported, for every policy that 
       if (where == 5) p.set_sinks({0, bad});
       results r(p.s);
       vattn::workspace memory;
-      const vattn::vattention<> attend(small_config());
+      const vattn::vattention<vattn::ranked_policy> attend(small_config());
       const vattn::status s = attend(p.query(), p.cache(), p.options, r.view(), memory);
       CAPTURE(bad, where, s.message());
       if (where == 5 && bad == -infinity) {
@@ -425,7 +425,7 @@ TEST_CASE("stored norms of values save reading them and promise the same", "[vat
         p.cache().with_norms({.values = norms.data(), .value_centres = centred ? centre.data() : nullptr});
     results r(p.s);
     vattn::workspace memory;
-    const vattn::vattention<> attend(small_config());
+    const vattn::vattention<vattn::ranked_policy> attend(small_config());
     REQUIRE(attend(p.query(), cache, p.options, r.view(), memory).ok());
     CHECK(compare(p, r).output < 0.15);
     CHECK_FALSE(r.certificates[0].exact());
@@ -455,7 +455,7 @@ TEST_CASE("sequences of a batch may be of different length", "[vattention]") {
   const ragged cache{p.cache(), {3000, 0, 40}};
   results r(p.s);
   vattn::workspace memory;
-  const vattn::vattention<> attend(small_config());
+  const vattn::vattention<vattn::ranked_policy> attend(small_config());
   REQUIRE(attend(p.query(), cache, p.options, r.view(), memory).ok());
   for (const index_t b : {0, 1, 2}) {
     problem<float> alone({.n = cache.lengths[static_cast<std::size_t>(b)], .dk = 8, .dv = 4});

@@ -86,7 +86,7 @@ struct two_phases : default_policy {
   using selector = select::two_phase<sketch::key_codes<2>, codes>;
   using sampler = sample::in_two_phases;
 };
-struct with_replacement : default_policy {
+struct with_replacement : ranked_policy {
   using sampler = sample::uniform_with_replacement;
 };
 
@@ -105,7 +105,7 @@ TEST_CASE("a naive softmax with the exported mask is the output, for every sampl
     append_from(heads[h], p.cache().head(0, static_cast<index_t>(h)));
     append_from(coarse[h], p.cache().head(0, static_cast<index_t>(h)));
   }
-  check_decision<default_policy>(p, c, {}, true);
+  check_decision<ranked_policy>(p, c, {}, true);
   check_decision<with_replacement>(p, c, {}, true);
   check_decision<verified_denominator>(p, c, {}, true);
   check_decision<by_importance>(p, c, {heads}, true);
@@ -129,7 +129,7 @@ TEST_CASE("masked rows, short caches and exact fallbacks export all that is visi
   std::vector<float> mask(2 * 2 * 60, 0.25f);
   for (std::size_t i = 0; i < mask.size(); i += 3) mask[i] = -infinity;
   p.set_mask(mask);
-  check_decision<default_policy>(p, small_config(), {}, false);
+  check_decision<ranked_policy>(p, small_config(), {}, false);
 }
 
 TEST_CASE("decision buffers that are too small are refused", "[certify][decision]") {
@@ -140,7 +140,7 @@ TEST_CASE("decision buffers that are too small are refused", "[certify][decision
   const auto why = [&](const decision_result& wanted) {
     attention_result result = r.view();
     result.decisions = wanted;
-    return std::string(vattention<>()(p.query(), p.cache(), p.options, result, memory).message());
+    return std::string(vattention<ranked_policy>()(p.query(), p.cache(), p.options, result, memory).message());
   };
   CHECK(why(d.view()).empty());
   decision_result bad = d.view();

@@ -92,7 +92,7 @@ TEST_CASE("a ggml graph's tensors: q permuted, mask of half padded, heads broadc
   workspace memory;
   attention_result out = a.view();
   out.output = ggml_output(a.output.data(), {nullptr, {8, 4, 3, 2}, {e, 8 * e, 8 * 4 * e, 8 * 4 * 3 * e}});
-  const vattention<> attend(small_config());
+  const vattention<ranked_policy> attend(small_config());
   const auto view = ggml_kv<float>(k.layout, v.layout);
   const status ours = attend(ggml_query<float>(q), view, options, out, memory);
   INFO(ours.message());

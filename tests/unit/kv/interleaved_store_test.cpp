@@ -151,7 +151,7 @@ TEST_CASE("attention over interleaved rows is that over a view, bit by bit", "[k
   config c;
   c.epsilon = 0.2;
   CHECK(check([&](const auto& cache, const attention_result& r, workspace& memory) {
-          return vattention<>(c)(p.query(), cache, p.options, r, memory, {.seed = 3});
+          return vattention<ranked_policy>(c)(p.query(), cache, p.options, r, memory, {.seed = 3});
         }) < 1);
   std::vector<sketch::key_codes<4>> codes(2, sketch::key_codes<4>(64, 1));
   for (index_t h = 0; h < 2; ++h) append_from(codes[static_cast<std::size_t>(h)], store.head(0, h));

@@ -131,7 +131,7 @@ TEST_CASE("sinks and window of the config are the lowest and highest visible pos
   result.decisions = {{tokens.data(), {1, 1, 2, 6000}}, {weights.data(), {1, 1, 2, 6000}}, {counts.data(), {1, 1, 2}}};
   config c = small_config();
   c.sinks = 20, c.window = 30;
-  const status st = vattention<>(c)(p.query(), u.cache(), p.options, result, memory, {.seed = 4});
+  const status st = vattention<ranked_policy>(c)(p.query(), u.cache(), p.options, result, memory, {.seed = 4});
   INFO(st.message());
   REQUIRE(st.ok());
   for (std::size_t h = 0; h < 2; ++h) {
@@ -156,7 +156,7 @@ TEST_CASE("sinks and window of the config are the lowest and highest visible pos
   const reference::problem exact = p.exactly();
   int violations = 0;
   for (std::uint64_t seed = 0; seed < 40; ++seed) {
-    REQUIRE(vattention<>(c)(p.query(), u.cache(), options, r.view(), memory, {.seed = seed}).ok());
+    REQUIRE(vattention<ranked_policy>(c)(p.query(), u.cache(), options, r.view(), memory, {.seed = seed}).ok());
     for (index_t h = 0; h < 2; ++h) {
       const reference::row want = reference::attend(exact, 0, 0, h);
       violations += reference::relative_error(r.row(r.at(0, 0, h)), want.output) > c.epsilon;

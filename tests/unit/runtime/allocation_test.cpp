@@ -77,7 +77,7 @@ TEST_CASE("exact attention allocates nothing", "[runtime][allocation]") {
 
 TEST_CASE("no policy allocates", "[runtime][allocation]") {
   const test_problem p({.heads = 2, .n = 6000, .dk = 32, .dv = 32}, 31, 1.5f);
-  check_policy<default_policy>(p);
+  check_policy<ranked_policy>(p);
   check_policy<verified_denominator>(p);
   check_policy<verified_numerator>(p);
   check_policy<verified_sdpa>(p);

@@ -98,10 +98,10 @@ TEST_CASE("the auditor's count is the count of errors above epsilon, whatever th
   config c = small_config();
   c.max_rounds = 1, c.accept_last = true;
   c.epsilon = 0.05;
-  check_count<default_policy>(c);
+  check_count<ranked_policy>(c);
   c.scale = error_scale::output;
   c.epsilon = 0.08;
-  check_count<default_policy>(c);
+  check_count<ranked_policy>(c);
   c.epsilon = 0.15;
   check_count<verified_sdpa>(c);
   check_count<verified_numerator>(c);
@@ -116,10 +116,12 @@ TEST_CASE("what is audited is the same for any threads, and its outputs are as w
   for (const index_t threads : {1, 3, 4}) {
     auditor audit(0.3);
     for (std::uint32_t step = 0; step < 20; ++step) {
-      REQUIRE(vattention<>(small_config())(p.query(), p.cache(), p.options, audited.view(), memory, key(step),
-                                           thread_executor(threads), audit)
+      REQUIRE(vattention<ranked_policy>(small_config())(p.query(), p.cache(), p.options, audited.view(), memory,
+                                                        key(step), thread_executor(threads), audit)
                   .ok());
-      REQUIRE(vattention<>(small_config())(p.query(), p.cache(), p.options, plain.view(), memory, key(step)).ok());
+      REQUIRE(
+          vattention<ranked_policy>(small_config())(p.query(), p.cache(), p.options, plain.view(), memory, key(step))
+              .ok());
       REQUIRE(plain.output == audited.output);
       REQUIRE(plain.log_sum_exp == audited.log_sum_exp);
     }
@@ -157,7 +159,8 @@ TEST_CASE("an auditor sees a selector that hides the heavy tokens", "[runtime][a
   for (std::uint32_t step = 0; step < 20; ++step) {
     REQUIRE(vattention<broken_policy>(c)(p.query(), p.cache(), p.options, r.view(), memory, key(step), serial, broken)
                 .ok());
-    REQUIRE(vattention<>(c)(p.query(), p.cache(), p.options, r.view(), memory, key(step), serial, sound).ok());
+    REQUIRE(
+        vattention<ranked_policy>(c)(p.query(), p.cache(), p.options, r.view(), memory, key(step), serial, sound).ok());
   }
   INFO(broken.report().text());
   INFO(sound.report().text());
@@ -195,7 +198,7 @@ TEST_CASE("shares of 0 and 1, and nonsense, audit none and all", "[runtime][audi
   serial_executor serial;
   for (const double share : {0.0, -1.0, std::nan(""), 1.0, 7.0}) {
     auditor audit(share);
-    REQUIRE(vattention<>()(p.query(), p.cache(), p.options, r.view(), memory, key(0), serial, audit).ok());
+    REQUIRE(vattention<ranked_policy>()(p.query(), p.cache(), p.options, r.view(), memory, key(0), serial, audit).ok());
     CHECK(audit.report().rows == 4);
     CHECK(audit.report().audited == (share >= 1 ? 4 : 0));
     audit.reset();

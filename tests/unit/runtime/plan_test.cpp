@@ -38,12 +38,12 @@ TEST_CASE("a plan gives the functor's bits for any number of threads", "[runtime
   const planned one;
   results want(one.r.p.s);
   workspace memory;
-  REQUIRE(vattention<>(small_config())(one.r.p.query(), one.r.contiguous(), one.r.p.options, want.view(), memory,
-                                       {.seed = 3, .layer = 1, .step = 9})
+  REQUIRE(vattention<ranked_policy>(small_config())(one.r.p.query(), one.r.contiguous(), one.r.p.options, want.view(),
+                                                    memory, {.seed = 3, .layer = 1, .step = 9})
               .ok());
   for (const index_t nth : {1, 2, 3, 7, 40}) {
     const planned many(nth);
-    const auto p = plan(many.what, small_config());
+    const auto p = plan<ranked_policy>(many.what, small_config());
     REQUIRE(p.validate().ok());
     std::vector<std::byte> bytes(workspace_bytes(p) + 1);
     const std::span<std::byte> odd = std::span(bytes).subspan(1);  // any alignment

@@ -103,7 +103,7 @@ TEST_CASE("workspace_bytes is what a call takes, and a byte less is refused", "[
       if (masked) p.set_mask(std::vector<float>(static_cast<std::size_t>(2 * 4 * 1500), 0.5f));
       vattn::config settings;
       settings.sinks = settings.window = 16;
-      const vattn::vattention<> attend(settings);
+      const vattn::vattention<vattn::ranked_policy> attend(settings);
       const std::size_t bytes = attend.workspace_bytes(1500, 8, 12, masked, workers);
       std::vector<std::byte> memory(bytes);
       results r(p.s);
