@@ -24,7 +24,7 @@ using namespace vattn::bench;
 
 struct settings {
   std::vector<index_t> n{4096, 16384, 32768, 131072};
-  std::vector<std::string> heads{"32/8"}, dtypes{"bf16"}, regimes{"gauss1"}, modes;
+  std::vector<std::string> heads{"32/8"}, dtypes{"bf16"}, regimes{"gauss1"}, modes, real;
   std::vector<index_t> dims{128}, threads{1};
   double epsilon = 0.05, delta = 0.1;
   int repeats = 15;
@@ -86,12 +86,10 @@ void add_errors(const std::vector<float>& output, const std::vector<float>& trut
 }
 
 template <class T>
-void measure(const settings& o, const cache_shape& shape, const std::string& heads, const std::string& dtype,
+void measure(const settings& o, roofline_cache<T>& cache, const std::string& heads, const std::string& dtype,
              std::vector<row>& table) {
-  std::fprintf(stderr, "\r%-78s",
-               (shape.regime + " " + dtype + ": making " + std::to_string(shape.n) + " tokens").c_str());
-  const roofline_cache<T> cache(shape, o.seed);
-  std::vector<float> output(static_cast<std::size_t>(shape.heads * shape.dim)), truth;
+  const cache_shape& shape = cache.shape();
+  std::vector<float> output(static_cast<std::size_t>(shape.heads * shape.dim));
   std::vector<certificate> certificates(static_cast<std::size_t>(shape.heads));
   for (const index_t threads : o.threads) {
     thread_pool pool(threads);
@@ -99,13 +97,13 @@ void measure(const settings& o, const cache_shape& shape, const std::string& hea
     const auto fail = [](const status& s) {
       if (!s) throw std::runtime_error(s.message());
     };
-    if (truth.empty()) {
-      fail(dense_mode<T>().run(step, 0));
-      truth = output;
-    }
     auto modes = make_modes<T>();
     std::erase_if(modes, [&](const auto& m) {
       if (m->name() == "read" || m->name() == "dense") return false;
+      if (m->name() == "dense_q8") {
+        return std::none_of(o.modes.begin(), o.modes.end(),
+                            [](const std::string& name) { return name.find("_q8") != std::string::npos; });
+      }
       return o.modes.empty() ? !m->by_default() : std::find(o.modes.begin(), o.modes.end(), m->name()) == o.modes.end();
     });
     for (auto& m : modes) m->prepare(step);
@@ -114,28 +112,32 @@ void measure(const settings& o, const cache_shape& shape, const std::string& hea
       double density = 0;
     };
     std::vector<samples> taken(modes.size());
+    std::map<std::string, std::vector<float>> truths;      // of the query at hand: what each dense mode has found
     for (int repeat = -1; repeat < o.repeats; ++repeat) {  // the first warms up
       std::fprintf(stderr, "\r%-78s",
                    (shape.regime + " " + dtype + " n " + std::to_string(shape.n) + " threads " +
                     std::to_string(threads) + ": " + std::to_string(repeat + 1) + "/" + std::to_string(o.repeats))
                        .c_str());
+      cache.ask(std::max(0, repeat) % cache.n_queries());
       for (std::size_t i = 0; i < modes.size(); ++i) {
         forget(pool);
         const auto start = std::chrono::steady_clock::now();
         fail(modes[i]->run(step, static_cast<std::uint32_t>(repeat + 1)));
         const double ms = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
+        if (modes[i]->name() == modes[i]->baseline() || modes[i]->name() == "dense") truths[modes[i]->name()] = output;
         if (repeat < 0) {
           static_cast<void>(modes[i]->take_stages(1));
           continue;
         }
         taken[i].ms.push_back(ms / static_cast<double>(modes[i]->parts()));
         if (!modes[i]->attends()) continue;
-        add_errors(output, truth, shape.dim, taken[i].errors);
+        add_errors(output, truths.at(modes[i]->baseline()), shape.dim, taken[i].errors);
         for (const certificate& c : certificates)
           taken[i].density += c.density() / static_cast<double>(o.repeats) / static_cast<double>(shape.heads);
       }
     }
-    double read = 0, dense = 0, store = 0;
+    double read = 0, store = 0;
+    std::map<std::string, double> dense;
     for (std::size_t i = 0; i < modes.size(); ++i) {
       roofline_mode<T>& m = *modes[i];
       row r;
@@ -143,13 +145,13 @@ void measure(const settings& o, const cache_shape& shape, const std::string& hea
       r.n = shape.n, r.dim = shape.dim, r.threads = pool.workers();
       r.ms = quantile(taken[i].ms, 0.5), r.ms_min = quantile(taken[i].ms, 0);
       if (m.name() == "read") read = r.ms;
-      if (m.name() == "dense") dense = r.ms;
+      if (m.name() == m.baseline()) dense[m.name()] = r.ms;
       if (m.name() == "store") store = r.ms;
       if (m.name().starts_with("append") && store > 0) r.share_of_store = r.ms / store;
       r.sketch_share = m.sketch_share();
       r.gbps = m.bytes() / r.ms / 1e6;
       r.read_share = m.bytes() / static_cast<double>(cache.bytes()) * read / r.ms;
-      r.speedup = dense > 0 ? dense / r.ms : 0;
+      r.speedup = dense.count(m.baseline()) > 0 ? dense[m.baseline()] / r.ms : 0;
       r.attends = m.attends(), r.verifies = m.verifies();
       r.density = taken[i].density;
       r.error_p90 = quantile(taken[i].errors, 0.9);
@@ -193,12 +195,36 @@ nlohmann::ordered_json to_json(const row& r, const settings& o) {
   return j;
 }
 
+// f(T{}) for the element that is named.
+template <class F>
+void with_element(const std::string& dtype, F&& f) {
+  if (dtype == "bf16") f(Eigen::bfloat16());
+  if (dtype == "f16") f(Eigen::half());
+  if (dtype == "f32") f(0.0f);
+  if (dtype == "q8_0") f(kernel::q8_0_block());
+}
+
+// Layers of trained models, each in every type of element.
+void run_real(const settings& o, std::vector<row>& table) {
+  for (const std::string& prefix : o.real) {
+    const real_cache real(prefix);
+    const cache_shape shape = real.shape();
+    for (const std::string& dtype : o.dtypes) {
+      with_element(dtype, [&]<class T>(T) {
+        roofline_cache<T> cache(real);
+        measure(o, cache, std::to_string(shape.heads) + "/" + std::to_string(shape.kv_heads), dtype, table);
+      });
+    }
+  }
+}
+
 void run(const settings& o) {
   std::unique_ptr<support::atomic_file> json, csv;  // what cannot be written fails before the work
   if (!o.json.empty()) json = std::make_unique<support::atomic_file>(o.json);
   if (!o.csv.empty()) csv = std::make_unique<support::atomic_file>(o.csv);
   std::vector<row> table;
-  for (const std::string& heads : o.heads) {
+  run_real(o, table);
+  for (const std::string& heads : o.real.empty() ? o.heads : std::vector<std::string>()) {
     long long q = 0, kv = 0;
     char rest = 0;
     if (std::sscanf(heads.c_str(), "%lld/%lld%c", &q, &kv, &rest) != 2 || q < 1 || kv < 1 || q % kv != 0)
@@ -216,10 +242,13 @@ void run(const settings& o) {
         for (const std::string& regime : o.regimes) {
           for (const index_t n : o.n) {
             const cache_shape shape{regime, n, q, kv, dim, o.agree};
-            if (dtype == "bf16") measure<Eigen::bfloat16>(o, shape, heads, dtype, table);
-            if (dtype == "f16") measure<Eigen::half>(o, shape, heads, dtype, table);
-            if (dtype == "f32") measure<float>(o, shape, heads, dtype, table);
-            if (dtype == "q8_0") measure<kernel::q8_0_block>(o, shape, heads, dtype, table);
+            std::fprintf(stderr, "\r%-78s",
+                         (regime + " " + dtype + ": making " + std::to_string(n) + " tokens").c_str());
+            const auto of = [&]<class T>(T) {
+              roofline_cache<T> cache(shape, o.seed);
+              measure(o, cache, heads, dtype, table);
+            };
+            with_element(dtype, of);
           }
         }
       }
@@ -288,6 +317,9 @@ int main(int argc, char** argv) {
   modes.push_back("none");
   list(app.add_option("--modes", o.modes, "Modes besides read and dense, or none; default random_rows, uniform, store"))
       ->check(CLI::IsMember(modes));
+  list(app.add_option("--real", o.real,
+                      "Layers of trained models instead of regimes: PREFIX_q.npy, PREFIX_k.npy, PREFIX_v.npy, whose "
+                      "queries the steps take in turn"));
   app.add_option("--epsilon", o.epsilon, "Error to promise")->check(CLI::Range(1e-6, 1.0))->capture_default_str();
   app.add_option("--delta", o.delta, "Share of outputs that may exceed it")
       ->check(CLI::Range(1e-9, 0.999))

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "support/npy.hpp"
 #include "support/regimes.hpp"
 #include "vattn/runtime/pages.hpp"
 #include "vattn/vattn.hpp"
@@ -29,17 +30,39 @@ struct cache_shape {
   bool agree = false;  ///< heads of a group have the first one's logits + 0.1·N(0, 1)
 };
 
-/// K and V apart, [n_kv_heads, n, dim], and one query [heads, dim] of bfloat16 numbers whose logits are those of the
-/// regime, up to the rounding of T. Values are N(0, I) plus a vector that the tokens of a KV head share.
+/// One layer of a trained model: PREFIX_q.npy [T, heads, dim], PREFIX_k.npy and PREFIX_v.npy [n, kv_heads, dim].
+struct real_cache {
+  explicit real_cache(const std::string& prefix)
+      : name(prefix.substr(prefix.find_last_of('/') + 1)),
+        q(npy::read(prefix + "_q.npy")),
+        k(npy::read(prefix + "_k.npy")),
+        v(npy::read(prefix + "_v.npy")) {
+    const bool fits = q.shape.size() == 3 && k.shape.size() == 3 && k.shape == v.shape && q.shape[2] == k.shape[2] &&
+                      q.size() > 0 && k.size() > 0 && q.shape[1] % k.shape[1] == 0;
+    if (!fits) throw std::runtime_error(prefix + ": give q [T, heads, dim], k and v [n, kv_heads, dim]");
+    for (const npy::array* a : {&q, &k, &v}) {
+      if (a->type != npy::dtype::float32 && a->type != npy::dtype::float16)
+        throw std::runtime_error(prefix + ": give arrays of float32 or float16");
+    }
+  }
+  [[nodiscard]] cache_shape shape() const { return {name, k.shape[0], q.shape[1], k.shape[1], k.shape[2]}; }
+  [[nodiscard]] static float at(const npy::array& a, index_t i) {
+    const auto place = static_cast<std::size_t>(i);
+    return a.type == npy::dtype::float32 ? a.as<float>()[place] : kernel::half_to_float(a.as<std::uint16_t>()[place]);
+  }
+
+  std::string name;
+  npy::array q, k, v;
+};
+
+/// K and V apart, [n_kv_heads, n, dim], and queries [heads, dim]: one of bfloat16 numbers whose logits are those of the
+/// regime, up to the rounding of T, beside values that are N(0, I) plus a vector that the tokens of a KV head share; or
+/// those of a trained model, in turn.
 template <class T>
 class roofline_cache {
  public:
-  roofline_cache(const cache_shape& shape, std::uint64_t seed)
-      : shape_(shape),
-        row_(kernel::row_bytes<T>(shape.dim)),
-        k_(huge_pages(static_cast<std::size_t>(shape.kv_heads * shape.n * row_))),
-        v_(huge_pages(k_.size())),
-        query_(static_cast<std::size_t>(shape.heads * shape.dim)) {
+  roofline_cache(const cache_shape& shape, std::uint64_t seed) : roofline_cache(shape) {
+    query_.resize(static_cast<std::size_t>(shape.heads * shape.dim));
     // Noise is cut from a table: two cuts added are as good as new, and a hundred times faster.
     std::mt19937_64 random(seed);
     std::normal_distribution<float> normal(0, std::sqrt(0.5f));
@@ -47,6 +70,44 @@ class roofline_cache {
     for (float& x : noise_) x = normal(random);
     for (index_t kv = 0; kv < shape.kv_heads; ++kv) fill(kv, random());
   }
+  explicit roofline_cache(const real_cache& real) : roofline_cache(real.shape()) {
+    const auto& s = shape_;
+    query_.resize(real.q.size());
+    for (std::size_t i = 0; i < query_.size(); ++i) query_[i] = real_cache::at(real.q, static_cast<index_t>(i));
+    Eigen::VectorXf row(s.dim);
+    for (index_t i = 0; i < s.n * s.kv_heads; ++i) {
+      const index_t to = (i % s.kv_heads * s.n + i / s.kv_heads) * row_;
+      for (index_t d = 0; d < s.dim; ++d) row[d] = real_cache::at(real.k, i * s.dim + d);
+      store(row, k_.data() + to);
+      for (index_t d = 0; d < s.dim; ++d) row[d] = real_cache::at(real.v, i * s.dim + d);
+      store(row, v_.data() + to);
+    }
+  }
+  /// The rows of another in elements of this one's type.
+  template <class Other>
+  explicit roofline_cache(const roofline_cache<Other>& from) : roofline_cache(from.shape()) {
+    query_ = from.queries();
+    using kernel::load;
+    Eigen::VectorXf row(shape_.dim);
+    const auto view = from.view();
+    for (index_t kv = 0; kv < shape_.kv_heads; ++kv) {
+      const auto head = view.head(0, kv);
+      for (index_t i = 0; i < shape_.n; ++i) {
+        load(head.key(i), row.data());
+        store(row, k_.data() + (kv * shape_.n + i) * row_);
+        load(head.value(i), row.data());
+        store(row, v_.data() + (kv * shape_.n + i) * row_);
+      }
+    }
+  }
+
+  /// Queries that it has, of which `ask` chooses one.
+  [[nodiscard]] index_t n_queries() const noexcept {
+    return static_cast<index_t>(query_.size()) / (shape_.heads * shape_.dim);
+  }
+  void ask(index_t query) noexcept { asked_ = query; }
+  [[nodiscard]] index_t asked() const noexcept { return asked_; }
+  [[nodiscard]] const std::vector<float>& queries() const noexcept { return query_; }
 
   [[nodiscard]] const cache_shape& shape() const noexcept { return shape_; }
   [[nodiscard]] std::size_t bytes() const noexcept { return k_.size() + v_.size(); }
@@ -54,7 +115,7 @@ class roofline_cache {
   [[nodiscard]] const std::byte* k(index_t kv) const noexcept { return k_.data() + kv * shape_.n * row_; }
   [[nodiscard]] const std::byte* v(index_t kv) const noexcept { return v_.data() + kv * shape_.n * row_; }
   [[nodiscard]] tensor_view<const float, 4> query() const noexcept {
-    return {query_.data(), {1, 1, shape_.heads, shape_.dim}};
+    return {query_.data() + asked_ * shape_.heads * shape_.dim, {1, 1, shape_.heads, shape_.dim}};
   }
   [[nodiscard]] auto view() const noexcept {
     const auto& s = shape_;
@@ -75,6 +136,12 @@ class roofline_cache {
 
  private:
   static constexpr index_t noise_size = index_t{1} << 20;
+
+  explicit roofline_cache(const cache_shape& shape)
+      : shape_(shape),
+        row_(kernel::row_bytes<T>(shape.dim)),
+        k_(huge_pages(static_cast<std::size_t>(shape.kv_heads * shape.n * row_))),
+        v_(huge_pages(k_.size())) {}
 
   [[nodiscard]] Eigen::Map<const Eigen::VectorXf> cut(std::mt19937_64& random) const {
     return {noise_.data() + static_cast<index_t>(random() % noise_size), shape_.dim};
@@ -126,7 +193,7 @@ class roofline_cache {
   }
 
   cache_shape shape_;
-  index_t row_;
+  index_t row_, asked_ = 0;
   page_buffer k_, v_;
   std::vector<float> query_, noise_;
 };

@@ -59,6 +59,8 @@ class roofline_mode {
   [[nodiscard]] virtual bool verifies() const { return false; }
   /// Whether it runs without being asked for: what copies the cache once more does not.
   [[nodiscard]] virtual bool by_default() const { return true; }
+  /// The mode that speed-ups and errors are relative to: dense attention to the rows that it reads itself.
+  [[nodiscard]] virtual std::string baseline() const { return "dense"; }
   /// Bytes kept beside the rows over those of the rows; 0 if none.
   [[nodiscard]] virtual double sketch_share() const { return 0; }
 
@@ -199,6 +201,7 @@ class functor_mode : public roofline_mode<T> {
                                  {.seed = 1, .step = number}, s.pool);
   }
   [[nodiscard]] bool verifies() const override { return true; }
+  [[nodiscard]] bool by_default() const override { return !std::same_as<Policy, default_policy>; }
 
  private:
   workspace memory_;
@@ -403,6 +406,44 @@ class index_mode : public roofline_mode<T> {
   workspace memory_;
 };
 
+/// A mode over the same rows in q8_0, a copy that all such modes share.
+template <class T, template <class> class Mode>
+class q8_mode : public roofline_mode<T> {
+  using cache_type = roofline_cache<kernel::q8_0_block>;
+  using step_type = roofline_step<kernel::q8_0_block>;
+
+ public:
+  template <class... A>
+  explicit q8_mode(std::string name, A&&... of) : roofline_mode<T>(std::move(name)), mode_(std::forward<A>(of)...) {}
+  void prepare(const roofline_step<T>& s) override {
+    static std::weak_ptr<cache_type> last;
+    static const void* made_of = nullptr;
+    cache_ = made_of == &s.cache ? last.lock() : nullptr;
+    if (!cache_) last = cache_ = std::make_shared<cache_type>(s.cache);
+    made_of = &s.cache;
+    mode_.prepare(step(s));
+  }
+  status run(const roofline_step<T>& s, std::uint32_t number) override {
+    cache_->ask(s.cache.asked());
+    return mode_.run(step(s), number);
+  }
+  [[nodiscard]] double bytes() const override { return mode_.bytes(); }
+  [[nodiscard]] std::vector<double> take_stages(int steps) override { return mode_.take_stages(steps); }
+  [[nodiscard]] bool verifies() const override { return mode_.verifies(); }
+  [[nodiscard]] bool by_default() const override { return false; }
+  [[nodiscard]] std::string baseline() const override { return "dense_q8"; }
+  [[nodiscard]] double sketch_share() const override { return mode_.sketch_share(); }
+
+ private:
+  [[nodiscard]] step_type step(const roofline_step<T>& s) const {
+    return {*cache_, s.pool, s.epsilon, s.delta, s.output, s.certificates};
+  }
+  std::shared_ptr<cache_type> cache_;
+  Mode<kernel::q8_0_block> mode_;
+};
+template <class T>
+using contiguous_index_mode = index_mode<T, false>;
+
 /// A token appended to a store: one after other data has been in the caches, as between two steps of a layer, or many.
 template <class T>
 class append_mode : public roofline_mode<T> {
@@ -489,12 +530,16 @@ template <class T>
   modes.push_back(std::make_unique<random_rows_mode<T>>(false));
   modes.push_back(std::make_unique<random_rows_mode<T>>(true));
   modes.push_back(std::make_unique<dense_mode<T>>());
+  modes.push_back(std::make_unique<functor_mode<T, default_policy>>("default"));
   modes.push_back(std::make_unique<functor_mode<T, uniform_policy>>("uniform"));
   modes.push_back(std::make_unique<index_mode<T, false>>("index", false));
   modes.push_back(std::make_unique<index_mode<T, false>>("index_warm", true));
   if constexpr (kernel::element<T>) {
     modes.push_back(std::make_unique<index_mode<T, true>>("index_paged", false));
     modes.push_back(std::make_unique<index_mode<T, true>>("index_paged_warm", true));
+    modes.push_back(std::make_unique<q8_mode<T, dense_mode>>("dense_q8"));
+    modes.push_back(std::make_unique<q8_mode<T, contiguous_index_mode>>("index_q8", "index_q8", false));
+    modes.push_back(std::make_unique<q8_mode<T, contiguous_index_mode>>("index_q8_warm", "index_q8_warm", true));
     modes.push_back(std::make_unique<store_mode<T>>());
     modes.push_back(std::make_unique<append_mode<T>>("append", 1));
     modes.push_back(std::make_unique<append_mode<T>>("append_many", 256));
