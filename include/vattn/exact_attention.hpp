@@ -16,15 +16,16 @@ namespace vattn::VATTN_ABI {
 
 /// Reads every visible row once and certifies so. False if a logit is not finite. Of no rows the output is 0 and the
 /// log-sum-exp the sink's logit, −inf without a sink: so shards of a cache merge, whichever of them are empty.
+/// `with_power`: Σ x‖v‖² too.
 template <kv_head Head>
 [[nodiscard]] bool attend_exactly(const query_row<Head>& row, const population& tokens, scratch& s,
-                                  softmax_state& state, certificate& c) noexcept {
+                                  softmax_state& state, certificate& c, bool with_power = false) noexcept {
   state.clear();
   softmax_state part(s.part);
   certify_exact(c);
   add_sink(state, row.sink_logit);
   return accumulate_exact(
-      row, tokens.size(), [&](index_t j) { return tokens[j]; }, state, part, false);
+      row, tokens.size(), [&](index_t j) { return tokens[j]; }, state, part, with_power);
 }
 
 /// Memory of `attend_group_exactly`.
@@ -63,12 +64,13 @@ struct exact_scratch {
 /// Exact attention of those heads of a group whose bits are set, cut in pieces as `exact_attention` cuts a sequence and
 /// with the same bits. Memory for pieces lies at the front of the group's.
 template <kv_head Head>
-void attend_group_exactly(head_group<Head>& group, std::uint32_t which, const exact_scratch& s) noexcept {
+void attend_group_exactly(head_group<Head>& group, std::uint32_t which, const exact_scratch& s,
+                          bool with_power = false) noexcept {
   const auto wanted = [&](index_t g) { return (which >> g & 1) != 0 && group[g].ok; };
   if constexpr (!strided_head<Head>) {
     group.for_each_piece(group.size(), [&](index_t g, std::span<std::byte>) {
       head_task<Head>& task = group[g];
-      if (wanted(g)) task.ok = attend_exactly(task.row, task.tokens, task.s, task.state, task.c);
+      if (wanted(g)) task.ok = attend_exactly(task.row, task.tokens, task.s, task.state, task.c, with_power);
     });
   } else {
     using K = typename Head::key_element;
@@ -130,7 +132,8 @@ void attend_group_exactly(head_group<Head>& group, std::uint32_t which, const ex
           const query_group<Head> together{rows + first, states + first, s.queries[at(first)],
                                            part.first(at(heads * dv)), logits};
           const index_t from = (done + piece) * phase_rows;
-          odd_here |= together.add(part_of(group[task_of[at(first)]].tokens, from, from + phase_rows)) << first;
+          odd_here |= together.add(part_of(group[task_of[at(first)]].tokens, from, from + phase_rows), with_power)
+                      << first;
         }
         s.odd[at(piece)] = odd_here;
       });

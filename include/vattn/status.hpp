@@ -11,11 +11,12 @@ namespace vattn::VATTN_ABI {
 
 enum class errc : std::uint8_t {
   ok,
-  invalid_argument,     ///< a shape, stride, pointer or setting that cannot be meant
-  non_finite,           ///< a NaN or infinity in q, K, V or the mask was read
-  workspace_too_small,  ///< `reserve` the number of bytes that the message names
-  out_of_memory,        ///< an owning object could not grow
-  executor_failed,      ///< the executor threw, or did not run every task once
+  invalid_argument,      ///< a shape, stride, pointer or setting that cannot be meant
+  non_finite,            ///< a NaN or infinity in q, K, V or the mask was read
+  workspace_too_small,   ///< `reserve` the number of bytes that the message names
+  out_of_memory,         ///< an owning object could not grow
+  executor_failed,       ///< the executor threw, or did not run every task once
+  communication_failed,  ///< ranks did not exchange what they had to (dist/)
 };
 
 /// [[nodiscard]]: an ignored status is an unverified output.

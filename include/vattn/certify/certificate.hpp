@@ -23,6 +23,7 @@ struct certificate {
   double coherence = 0;          ///< χ = ‖o‖ / RMS of the attended values: cost grows as 1/(χε)²
   index_t breaches = 0;          ///< rows read whose logit was far outside what their score stated
   index_t rounds = 0;            ///< looks at the sample
+  index_t shards = 1;            ///< parts of the cache whose samples were judged together (dist/)
   target_kind target = target_kind::none;
   error_scale scale = error_scale::output;
   guarantee promise = guarantee::none;

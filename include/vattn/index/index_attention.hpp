@@ -170,7 +170,8 @@ class index_sampler {
   }
 
  public:
-  index_sampler(head_group<Head>& group, const config& settings, const kv_index& index, index_t kv,
+  /// `codes` and `value_centre` [dv]: a kv_index's of the KV head.
+  index_sampler(head_group<Head>& group, const config& settings, const cell_codes& codes, const float* value_centre,
                 index_memory* remembered, const index_scratch& memory) noexcept
       : group_(group),
         settings_(settings),
@@ -179,11 +180,12 @@ class index_sampler {
         s_(memory),
         head_(group[0].row.head),
         tokens_(seen_together(group)),
-        codes_(index.codes(kv)),
-        centre_(index.value_centre(kv)),
+        codes_(codes),
+        centre_(value_centre),
         heads_(group.size()),
         random_(group[0].stream) {
     tables_.query.scan.numbers = (std::uint64_t{random_.next()} << 32) | random_.next();
+    share_.fill(1);
     for (index_t g = 0; g < heads_; ++g) {
       const population& own = group[g].tokens;
       if (own.size() == tokens_.size()) continue;  // all of them
@@ -209,7 +211,7 @@ class index_sampler {
     rest_exactly();
   }
 
- private:
+ protected:  // for dist/, where a shard's sample is judged together with those of others
   [[nodiscard]] static constexpr std::size_t at(index_t i) noexcept { return static_cast<std::size_t>(i); }
   // What is read for certain at the ends: with several queries, what not all of them see is among it.
   [[nodiscard]] index_t sinks() const noexcept { return std::min(settings_.sinks + front_, tokens_.size()); }
@@ -463,14 +465,7 @@ class index_sampler {
     const auto most = static_cast<index_t>(settings_.max_density * static_cast<double>(tokens_.size()));
     squeeze_.fill(1);
     for (index_t round = 1; round <= settings_.max_rounds; ++round) {
-      if (!covered_by_scan()) {
-        for (index_t h = 0; h < heads_; ++h)
-          scanned_.plain[at(h)] = std::min(scanned_.plain[at(h)], wanted_.plain[at(h)] - 0.3),
-          scanned_.floor[at(h)] = std::min(scanned_.floor[at(h)], wanted_.floor[at(h)] - 0.3);
-        scanned_.base = std::max(scanned_.base, wanted_.base);
-        scanned_.away = std::max(scanned_.away, wanted_.away);
-        if (!scan(read)) return;
-      }
+      if (!scan_for_wanted(read)) return;
       enter(stage::picks);
       if (!weigh_enough(read)) {
         if (read.odd() != 0 || certain_ + read.picks() > most) return;
@@ -481,6 +476,17 @@ class index_sampler {
       enter(stage::judge);
       if (judge(read, round)) return;
     }
+  }
+
+  // Scans again where the wanted thresholds are lower than the last scan's. False: that is too much.
+  [[nodiscard]] bool scan_for_wanted(index_reader<Head>& read) noexcept {
+    if (covered_by_scan()) return true;
+    for (index_t h = 0; h < heads_; ++h)
+      scanned_.plain[at(h)] = std::min(scanned_.plain[at(h)], wanted_.plain[at(h)] - 0.3),
+      scanned_.floor[at(h)] = std::min(scanned_.floor[at(h)], wanted_.floor[at(h)] - 0.3);
+    scanned_.base = std::max(scanned_.base, wanted_.base);
+    scanned_.away = std::max(scanned_.away, wanted_.away);
+    return scan(read);
   }
 
   [[nodiscard]] bool covered_by_scan() const noexcept {
@@ -549,7 +555,7 @@ class index_sampler {
       const stats::evidence& e = estimate_[at(g)];
       const double margin = plan_margin / known_variance_radius2(e.dimension);
       plan_.set_goal(g,
-                     {.goal = margin * goal2(e) * e.denominator * e.denominator,
+                     {.goal = margin * goal2(g, e) * e.denominator * e.denominator,
                       .denominator = sampled_x_[at(g)],
                       .away2 = e.away2,
                       .mean = score_mean_[at(g)],
@@ -562,7 +568,10 @@ class index_sampler {
     return costs_.key * rows + costs_.once < static_cast<double>(tokens_.size());
   }
 
-  [[nodiscard]] double goal2(const stats::evidence& e) const noexcept { return stats::squared_goal(e, promise_); }
+  // This sample's share of what the error's square may be.
+  [[nodiscard]] double goal2(index_t g, const stats::evidence& e) const noexcept {
+    return share_[at(g)] * stats::squared_goal(e, promise_);
+  }
 
   // log(κ ε T D) as a threshold of scores of k − μ plus log(r/unit): a token that is missed although it may move the
   // output by f must cost at most κ·ε·T, and moves it by x‖v − ô‖ <= x(r + ‖ô − c‖), at a typical r.
@@ -614,8 +623,8 @@ class index_sampler {
       for (index_t g = 0; g < heads_; ++g) {
         if (done_[at(g)]) continue;
         const stats::evidence& e = estimate_[at(g)];
-        const double d = read.certain().of(g).x + found[at(g)].x;
-        const double goal = squeeze_[at(g)] * thin_margin / known_variance_radius2(e.dimension) * goal2(e) * d * d;
+        const double d = read.certain().of(g).x + found[at(g)].x + elsewhere(read, g);
+        const double goal = squeeze_[at(g)] * thin_margin / known_variance_radius2(e.dimension) * goal2(g, e) * d * d;
         goals_[at(g)] = goal;
         // With the quantile's part for few effective terms.
         const double need = found[at(g)].variance * (1 + 4 * found[at(g)].concentration) / goal;
@@ -628,6 +637,12 @@ class index_sampler {
       if (!again) return true;
       if (!covered_by_scan()) return false;
     }
+  }
+
+  // Of D, what others have read (dist/): relative to the reference that they knew.
+  [[nodiscard]] double elsewhere(const index_reader<Head>& read, index_t g) const noexcept {
+    return elsewhere_[at(g)] > 0 ? elsewhere_[at(g)] * std::exp(elsewhere_reference_[at(g)] - double{read.reference(g)})
+                                 : 0;
   }
 
   // The threshold of a typical cell's score: that of its goal, or of its floor where that is lower.
@@ -710,11 +725,11 @@ class index_sampler {
   }
 
   // All rows, for the heads that are not done.
-  void rest_exactly() noexcept {
+  void rest_exactly(bool with_power = false) noexcept {
     enter(stage::exact);
     std::uint32_t left = 0;
     for (index_t g = 0; g < heads_; ++g) left |= done_[at(g)] ? 0u : 1u << g;
-    attend_group_exactly(group_, left, s_.exact);
+    attend_group_exactly(group_, left, s_.exact, with_power);
   }
 
   static constexpr index_shape_of_sample shape{};
@@ -745,6 +760,7 @@ class index_sampler {
   double typical_radius_ = 0.3;
   std::array<double, max_group> score_mean_{}, score_variance_{}, log_mass_{}, log_sum_{};
   std::array<double, max_group> squeeze_{}, need_{}, sampled_x_{}, rise_{};
+  std::array<double, max_group> share_{}, elsewhere_{}, elsewhere_reference_{};
   std::array<double, kernel::scan_heads> goals_{};
   std::array<bool, max_group> done_{};
   std::array<stats::evidence, max_group> estimate_{};
@@ -777,7 +793,8 @@ void attend_by_index(head_group<Head>& group, const config& settings, std::span<
   const auto scratch = index_scratch::take(a, row.head.size(), group.size(), row.head.dk(), row.head.dv(),
                                            settings.sinks + settings.window);
   index_memory* const remembered = memory.empty() ? nullptr : &memory[static_cast<std::size_t>(row.kv_head)];
-  index_sampler<Policy, Head>(group, settings, index, row.kv_head % kv_heads, remembered, scratch).run();
+  const index_t kv = row.kv_head % kv_heads;
+  index_sampler<Policy, Head>(group, settings, index.codes(kv), index.value_centre(kv), remembered, scratch).run();
 }
 
 /// What can be wrong with the indices of a call.

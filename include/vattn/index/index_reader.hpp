@@ -258,6 +258,12 @@ class index_reader {
   /// The values of the picks: all of them, or with `goals` (as `thinning` has them, after `look_at_picks`) those that
   /// are worth it. The sums of the sample are then of these.
   void read_values(const std::array<double, kernel::scan_heads>* goals = nullptr) noexcept {
+    choose_values(goals);
+    sum_values();
+  }
+
+  /// Which values `read_values` reads, by `goals` as there.
+  void choose_values(const std::array<double, kernel::scan_heads>* goals) noexcept {
     index_t count = 0;
     if (goals) {
       static_cast<void>(thin_.solve(*goals));
@@ -277,6 +283,44 @@ class index_reader {
       std::copy_n(thin_.inverse(), picks_, m_.weights.data());
     }
     kept_ = count;
+  }
+
+  /// Blocks of the picks whose values are read: `visit(cells, n, w, x, values)`, w [n] 1/π, x [heads, block_rows]
+  /// exp(l − reference), 0 from n on, which the visitor may overwrite.
+  template <class Visit>
+  void visit_values(Visit&& visit) noexcept {
+    std::array<ordinal, kernel::block_rows> cells{};
+    alignas(64) float w[kernel::block_rows];
+    for (index_t from = 0; from < kept_; from += kernel::block_rows) {
+      const index_t n = std::min(kernel::block_rows, kept_ - from);
+      for (index_t i = from + n; i < std::min(kept_, from + n + kernel::block_rows); ++i)
+        rows_.fetch_value(cell(index_t{m_.kept[at(i)]}));
+      for (index_t i = 0; i < n; ++i) {
+        const index_t p = index_t{m_.kept[at(from + i)]};
+        const std::size_t c = candidate(p);
+        cells[at(i)] = m_.cells[c];
+        w[i] = m_.weights[at(p)];
+        for (index_t h = 0; h < heads_; ++h) m_.x[at(h * kernel::block_rows + i)] = m_.logits[at(h * m_.capacity) + c];
+      }
+      exponentials(m_.x.data(), n);
+      visit(cells.data(), n, static_cast<const float*>(w), m_.x.data(), rows_.values(cells.data(), n));
+    }
+  }
+
+  /// Brings a head's reference up to `logit`; never down.
+  void raise_to(index_t h, float logit) noexcept {
+    if (!(logit > reference_[at(h)])) return;
+    if (std::isfinite(reference_[at(h)])) {
+      const double factor = std::exp(static_cast<double>(reference_[at(h)] - logit));
+      sampled_.rescale(h, factor);
+      certain_.rescale(h, factor);
+    }
+    reference_[at(h)] = logit;
+  }
+
+  /// The sums of the values that were chosen.
+  void sum_values() noexcept {
+    const index_t count = kept_;
     sampled_.clear();
     // The first rows have the signs of which the spectrum is known; sums of the others are made apart, and merged.
     index_t done = 0;
@@ -523,14 +567,7 @@ class index_reader {
   }
   // A head's reference, with room, so that it seldom rises.
   void raise(index_t h, float top) noexcept {
-    if (!(top > reference_[at(h)])) return;
-    const float higher = top + 2;
-    if (std::isfinite(reference_[at(h)])) {
-      const double factor = std::exp(static_cast<double>(reference_[at(h)] - higher));
-      sampled_.rescale(h, factor);
-      certain_.rescale(h, factor);
-    }
-    reference_[at(h)] = higher;
+    if (top > reference_[at(h)]) raise_to(h, top + 2);
   }
 
   // The logits that are further from their scores than these state.

@@ -1,0 +1,198 @@
+// The first exchange of a call: is it the same call on every rank, may it begin, and where do the shards lie?
+#include "vattn/macros_push.hpp"
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstring>
+#include <span>
+
+#include "vattn/dist/communicator.hpp"
+#include "vattn/kv/query.hpp"
+
+namespace vattn::VATTN_ABI::dist {
+
+/// Which token of the whole sequence a shard's cell j is.
+enum class split : std::uint8_t {
+  blocks,       ///< the shards follow each other in order of rank: also where a sequence lies on one rank alone
+  round_robin,  ///< token j·size + rank
+  by_position,  ///< the one at options.positions.cells(sequence, j), which every rank then gives
+};
+
+/// A status on the wire.
+struct notice {
+  std::uint64_t code = 0;
+  char text[232] = {};
+
+  notice() = default;
+  explicit notice(const status& s) noexcept : code(static_cast<std::uint64_t>(s.code())) {
+    std::strncpy(text, s.message(), sizeof text - 1);
+  }
+};
+
+/// What the lowest rank says that failed. `first` is rank 0's notice, `stride` bytes lie from one to the next.
+[[nodiscard]] inline status first_failure(const std::byte* first, std::size_t stride, int ranks) noexcept {
+  for (int r = 0; r < ranks; ++r) {
+    notice n;
+    std::memcpy(&n, first + static_cast<std::size_t>(r) * stride, sizeof n);
+    if (n.code == 0) continue;
+    n.text[sizeof n.text - 1] = 0;
+    if (ranks == 1) return status::error(static_cast<errc>(n.code), "%s", n.text);
+    return status::error(static_cast<errc>(n.code), "rank %d: %s", r, n.text);
+  }
+  return {};
+}
+
+/// A number that hardly any other numbers have.
+class digest {
+ public:
+  void add(std::uint64_t x) noexcept {
+    value_ = (value_ ^ x) * 0x9e3779b97f4a7c15u;
+    value_ ^= value_ >> 29;
+  }
+  template <class T>
+  void add_bytes(const T* from, index_t count) noexcept {
+    const auto* at = reinterpret_cast<const std::byte*>(from);
+    for (std::size_t left = static_cast<std::size_t>(count) * sizeof(T); left > 0;) {
+      std::uint64_t word = 0;
+      const std::size_t part = std::min(left, sizeof word);
+      std::memcpy(&word, at, part);
+      add(word);
+      at += part, left -= part;
+    }
+  }
+  void add(double x) noexcept { add_bytes(&x, 1); }
+  [[nodiscard]] std::uint64_t value() const noexcept { return value_; }
+
+ private:
+  std::uint64_t value_ = 0x6a09e667f3bcc909u;
+};
+
+/// What must be equal on all ranks, and what it is called.
+struct terms {
+  enum what : std::size_t { settings, shapes, options, key, query, arithmetic, count };
+  std::array<digest, count> of{};
+
+  [[nodiscard]] static const char* name(std::size_t w) noexcept {
+    static constexpr const char* names[count] = {
+        "other settings",
+        "other shapes or another split",
+        "other options (scale, cap, causal, windows, sinks, slopes, positions of queries, a mask that differs by head)",
+        "another draw key",
+        "another query",
+        "other arithmetic (build of the library, or exp() of the machine)"};
+    return names[w];
+  }
+  /// exp and log are the machine's: judging by other ones might end otherwise.
+  void add_arithmetic() noexcept {
+    of[arithmetic].add(std::uint64_t{VATTN_VERSION_MAJOR << 16 | VATTN_VERSION_MINOR << 8 | VATTN_VERSION_PATCH});
+    for (int i = 1; i <= 8; ++i) {
+      const volatile double x = 0.37 * i * i;
+      of[arithmetic].add(std::exp(-x)), of[arithmetic].add(std::log(x)), of[arithmetic].add(std::exp(x * 0.1));
+    }
+  }
+};
+
+/// Where the shards of a sequence lie, to a rank.
+struct sequence_shard {
+  index_t total = 0;  ///< tokens of all shards
+  index_t first = 0;  ///< tokens on lower ranks
+  index_t last = -1;  ///< the last position of any shard, where cells have positions
+};
+
+/// The exchange. `local`: what is wrong on this rank already; `own` [n_batch] its shards, {total: its cells, last: its
+/// last position}, which become those of the whole. An error is the same on all ranks.
+template <communicator C>
+[[nodiscard]] status agree(C& comm, split how, const status& local, const terms& mine,
+                           std::span<sequence_shard> own) noexcept {
+  constexpr std::size_t most = 8;  // sequences of one message
+  struct envelope {
+    notice status;
+    std::array<std::uint64_t, terms::count> digests;
+    std::array<std::array<index_t, 2>, most> shards;
+  };
+  std::array<envelope, static_cast<std::size_t>(most_ranks)> all;
+  const int size = comm.size(), rank = comm.rank();
+  for (std::size_t from = 0;; from += most) {
+    envelope e{notice(local), {}, {}};
+    for (std::size_t w = 0; w < terms::count; ++w) e.digests[w] = mine.of[w].value();
+    const std::size_t count = std::min(most, own.size() - std::min(own.size(), from));
+    for (std::size_t i = 0; i < count; ++i) e.shards[i] = {own[from + i].total, own[from + i].last};
+    const std::span<envelope> received(all.data(), static_cast<std::size_t>(size));
+    if (status s = comm.all_gather(std::as_bytes(std::span(&e, 1)), std::as_writable_bytes(received)); !s) return s;
+    if (status s = first_failure(reinterpret_cast<const std::byte*>(all.data()), sizeof(envelope), size); !s) return s;
+    for (std::size_t w = 0; w < terms::count; ++w) {
+      for (int r = 1; r < size; ++r) {
+        if (all[static_cast<std::size_t>(r)].digests[w] != all[0].digests[w])
+          return status::error(errc::invalid_argument, "rank %d has %s than rank 0: give all ranks the same", r,
+                               terms::name(w));
+      }
+    }
+    for (std::size_t i = 0; i < count; ++i) {
+      sequence_shard s;
+      for (int r = 0; r < size; ++r) {
+        const auto [cells, last] = all[static_cast<std::size_t>(r)].shards[i];
+        if (r < rank) s.first += cells;
+        s.total += cells, s.last = std::max(s.last, last);
+      }
+      for (int r = 0; how == split::round_robin && r < size; ++r) {
+        const index_t cells = all[static_cast<std::size_t>(r)].shards[i][0], want = (s.total - r + size - 1) / size;
+        if (cells != want) {
+          return status::error(errc::invalid_argument,
+                               "rank %d has %lld of %lld tokens of sequence %zu, not the %lld of split::round_robin: "
+                               "give token i to rank i mod %d, or say how they are split",
+                               r, static_cast<long long>(cells), static_cast<long long>(s.total), from + i,
+                               static_cast<long long>(want), size);
+        }
+      }
+      own[from + i] = s;
+    }
+    if (from + most >= own.size()) return {};
+  }
+}
+
+/// What a query sees of a shard, its sinks in front and its window at the end.
+struct visible_part {
+  population tokens;
+  index_t sinks = 0, window = 0;
+};
+
+/// Query at `position` of a whole sequence, which sees a part of the shard's n cells. `storage` [n] and `ends`
+/// [min(n, sinks + window)] where there is a mask or positions.
+[[nodiscard]] inline visible_part visible_cells(index_t n, split how, const sequence_shard& whole, int rank, int ranks,
+                                                index_t position, const mask_view::line& mask,
+                                                const cell_positions::line& positions, const attention_options& options,
+                                                index_t sinks, index_t window, std::span<ordinal> storage,
+                                                std::span<ordinal> ends) noexcept {
+  const position_range range = visible_positions(position, options);
+  const index_t low = range.first;
+  const index_t high = std::min<index_t>(range.last, how == split::by_position ? whole.last : whole.total - 1);
+  // Of what may be seen: [low, low + sinks) and (high − window, high] without those.
+  const index_t sinks_end = low + sinks, window_first = std::max(sinks_end, high + 1 - window);
+  visible_part part;
+  if (how == split::by_position) {
+    for (index_t c = 0; c < n; ++c) {
+      const index_t at = positions(c);
+      if (at < low || at > high || (mask && mask(c) == -std::numeric_limits<float>::infinity())) continue;
+      part.sinks += at < sinks_end ? 1 : 0, part.window += at >= window_first ? 1 : 0;
+    }
+    // Tokens may share a position.
+    part.sinks = std::min(part.sinks, sinks), part.window = std::min(part.window, window);
+    part.tokens = visible_by_position(n, mask, positions, range, part.sinks, part.window, storage, ends);
+    return part;
+  }
+  const bool dealt = how == split::round_robin;
+  const index_t step = dealt ? ranks : 1, offset = dealt ? rank : whole.first;
+  // Cells at positions below p: those j with offset + j·step < p.
+  const auto below = [&](index_t p) { return p <= offset ? index_t{0} : std::min(n, (p - offset + step - 1) / step); };
+  part.tokens = population(below(low), below(high + 1), mask, storage);
+  const index_t seen = part.tokens.size();
+  while (part.sinks < seen && part.tokens[part.sinks] < below(sinks_end)) ++part.sinks;
+  while (part.window < seen - part.sinks && part.tokens[seen - 1 - part.window] >= below(window_first)) ++part.window;
+  return part;
+}
+
+}  // namespace vattn::VATTN_ABI::dist
+
+#include "vattn/macros_pop.hpp"

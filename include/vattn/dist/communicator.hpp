@@ -1,0 +1,43 @@
+// What the ranks of a cache that is split need of each other: one collective, an all-gather of bytes.
+#include "vattn/macros_push.hpp"
+#pragma once
+
+#include <algorithm>
+#include <concepts>
+#include <span>
+
+#include "vattn/config.hpp"
+#include "vattn/status.hpp"
+
+namespace vattn::VATTN_ABI::dist {
+
+/// A group of `size()` ranks that make the same calls in the same order; `rank()` is the caller's, from 0.
+/// `all_gather(mine, all)`: every rank gives as many bytes, and gets those of all, in order of rank: `all` has
+/// size()·mine.size() bytes. Whatever the transport, each rank then has the same bytes, and what it computes of them in
+/// order of rank is the same to the last bit: sums that a transport reduces itself need not be.
+/// A transport that fails says so by its status, on each rank that lives; one that waits for ever for a rank that has
+/// gone makes the call wait with it. Nothing is sent between calls, and a call allocates nothing once the largest of
+/// its kind was made.
+template <class C>
+concept communicator = requires(C& c, std::span<const std::byte> mine, std::span<std::byte> all) {
+  { c.rank() } -> std::convertible_to<int>;
+  { c.size() } -> std::convertible_to<int>;
+  { c.all_gather(mine, all) } -> std::same_as<status>;
+};
+
+/// Ranks of a call, at most: the first exchange is on the stack.
+inline constexpr int most_ranks = 256;
+
+/// A cache that is not split.
+struct alone {
+  [[nodiscard]] int rank() const noexcept { return 0; }
+  [[nodiscard]] int size() const noexcept { return 1; }
+  [[nodiscard]] status all_gather(std::span<const std::byte> mine, std::span<std::byte> all) noexcept {
+    std::copy(mine.begin(), mine.end(), all.begin());
+    return {};
+  }
+};
+
+}  // namespace vattn::VATTN_ABI::dist
+
+#include "vattn/macros_pop.hpp"
