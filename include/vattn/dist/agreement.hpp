@@ -27,7 +27,7 @@ struct notice {
 
   notice() = default;
   explicit notice(const status& s) noexcept : code(static_cast<std::uint64_t>(s.code())) {
-    std::strncpy(text, s.message(), sizeof text - 1);
+    std::memcpy(text, s.message(), std::min(std::strlen(s.message()), sizeof text - 1));
   }
 };
 
@@ -108,45 +108,56 @@ template <communicator C>
                            std::span<sequence_shard> own) noexcept {
   constexpr std::size_t most = 8;  // sequences of one message
   struct envelope {
-    notice status;
-    std::array<std::uint64_t, terms::count> digests;
-    std::array<std::array<index_t, 2>, most> shards;
+    notice local;
+    std::array<std::uint64_t, terms::count> digests{};
+    std::array<std::array<index_t, 2>, most> shards{};
   };
-  std::array<envelope, static_cast<std::size_t>(most_ranks)> all;
+  alignas(envelope) std::array<std::byte, sizeof(envelope) * static_cast<std::size_t>(most_ranks)> received;
   const int size = comm.size(), rank = comm.rank();
+  const std::span<std::byte> all =
+      std::span<std::byte>(received).first(sizeof(envelope) * static_cast<std::size_t>(size));
+  const auto of = [&](int r) {
+    envelope e;
+    std::memcpy(&e, all.data() + static_cast<std::size_t>(r) * sizeof e, sizeof e);
+    return e;
+  };
   for (std::size_t from = 0;; from += most) {
     envelope e{notice(local), {}, {}};
     for (std::size_t w = 0; w < terms::count; ++w) e.digests[w] = mine.of[w].value();
     const std::size_t count = std::min(most, own.size() - std::min(own.size(), from));
     for (std::size_t i = 0; i < count; ++i) e.shards[i] = {own[from + i].total, own[from + i].last};
-    const std::span<envelope> received(all.data(), static_cast<std::size_t>(size));
-    if (status s = comm.all_gather(std::as_bytes(std::span(&e, 1)), std::as_writable_bytes(received)); !s) return s;
-    if (status s = first_failure(reinterpret_cast<const std::byte*>(all.data()), sizeof(envelope), size); !s) return s;
+    if (status s = comm.all_gather(std::as_bytes(std::span(&e, 1)), all); !s) return s;
+    if (status s = first_failure(all.data(), sizeof e, size); !s) return s;
+    const envelope zero = of(0);
     for (std::size_t w = 0; w < terms::count; ++w) {
       for (int r = 1; r < size; ++r) {
-        if (all[static_cast<std::size_t>(r)].digests[w] != all[0].digests[w])
+        if (of(r).digests[w] != zero.digests[w])
           return status::error(errc::invalid_argument, "rank %d has %s than rank 0: give all ranks the same", r,
                                terms::name(w));
       }
     }
-    for (std::size_t i = 0; i < count; ++i) {
-      sequence_shard s;
-      for (int r = 0; r < size; ++r) {
-        const auto [cells, last] = all[static_cast<std::size_t>(r)].shards[i];
+    for (std::size_t i = 0; i < count; ++i) own[from + i] = {};
+    for (int r = 0; r < size; ++r) {
+      const envelope theirs = of(r);
+      for (std::size_t i = 0; i < count; ++i) {
+        sequence_shard& s = own[from + i];
+        const auto [cells, last] = theirs.shards[i];
         if (r < rank) s.first += cells;
         s.total += cells, s.last = std::max(s.last, last);
       }
-      for (int r = 0; how == split::round_robin && r < size; ++r) {
-        const index_t cells = all[static_cast<std::size_t>(r)].shards[i][0], want = (s.total - r + size - 1) / size;
+    }
+    for (int r = 0; how == split::round_robin && r < size; ++r) {
+      const envelope theirs = of(r);
+      for (std::size_t i = 0; i < count; ++i) {
+        const index_t cells = theirs.shards[i][0], total = own[from + i].total, want = (total - r + size - 1) / size;
         if (cells != want) {
           return status::error(errc::invalid_argument,
                                "rank %d has %lld of %lld tokens of sequence %zu, not the %lld of split::round_robin: "
                                "give token i to rank i mod %d, or say how they are split",
-                               r, static_cast<long long>(cells), static_cast<long long>(s.total), from + i,
+                               r, static_cast<long long>(cells), static_cast<long long>(total), from + i,
                                static_cast<long long>(want), size);
         }
       }
-      own[from + i] = s;
     }
     if (from + most >= own.size()) return {};
   }

@@ -38,6 +38,29 @@ struct alone {
   }
 };
 
+/// Any communicator behind one type, so that what speaks through it is compiled once. It must outlive this.
+class communicator_ref {
+ public:
+  template <communicator C>
+  requires(!std::same_as<C, communicator_ref>) explicit communicator_ref(C& c) noexcept
+      : of_(&c),
+        rank_(c.rank()),
+        size_(c.size()),
+        gather_([](void* of, std::span<const std::byte> mine, std::span<std::byte> all) {
+          return static_cast<C*>(of)->all_gather(mine, all);
+        }) {}
+  [[nodiscard]] int rank() const noexcept { return rank_; }
+  [[nodiscard]] int size() const noexcept { return size_; }
+  [[nodiscard]] status all_gather(std::span<const std::byte> mine, std::span<std::byte> all) noexcept {
+    return gather_(of_, mine, all);
+  }
+
+ private:
+  void* of_;
+  int rank_, size_;
+  status (*gather_)(void*, std::span<const std::byte>, std::span<std::byte>);
+};
+
 }  // namespace vattn::VATTN_ABI::dist
 
 #include "vattn/macros_pop.hpp"

@@ -173,7 +173,7 @@ class shard_sampler : index_sampler<Policy, Head> {
     if (stage_ == stage::exact) return merge_exact(all);
     const bool first = stage_ == stage::first_look;
     stage_ = stage::looking;
-    ++round_;
+    round_ += first ? 0 : 1;
     look_counts counts;  // of all ranks
     for (index_t r = 0; r < all.ranks; ++r) {
       const look_counts c = read_counts(all.of(r));
@@ -204,7 +204,7 @@ class shard_sampler : index_sampler<Policy, Head> {
     }
     if (every) {
       stage_ = stage::done;
-    } else if (round_ > settings_.max_rounds ||
+    } else if (round_ >= settings_.max_rounds ||
                static_cast<double>(counts.certain + counts.picks) > settings_.max_density * visible_) {
       stage_ = stage::exact;
     } else if (!whole_) {

@@ -1,0 +1,15 @@
+# VATTN_BUILD_MPI: programs and tests whose ranks are processes, where MPI is found. Ranks that are threads need nothing.
+include_guard()
+option(VATTN_BUILD_MPI "Build what needs MPI, where it is found" ${PROJECT_IS_TOP_LEVEL})
+set(VATTN_MPI OFF)
+if(VATTN_BUILD_MPI)
+  find_package(MPI QUIET COMPONENTS CXX)
+  if(MPI_CXX_FOUND)
+    set(VATTN_MPI ON)
+    # Its headers are C, and not held to our warnings.
+    get_target_property(directories MPI::MPI_CXX INTERFACE_INCLUDE_DIRECTORIES)
+    if(directories)
+      set_target_properties(MPI::MPI_CXX PROPERTIES INTERFACE_SYSTEM_INCLUDE_DIRECTORIES "${directories}")
+    endif()
+  endif()
+endif()
