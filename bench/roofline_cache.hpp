@@ -61,7 +61,9 @@ struct real_cache {
 template <class T>
 class roofline_cache {
  public:
-  roofline_cache(const cache_shape& shape, std::uint64_t seed) : roofline_cache(shape) {
+  /// `part`: of a cache that is split, whose parts have the same query and tokens of their own; −1: a whole one.
+  roofline_cache(const cache_shape& shape, std::uint64_t seed, int part = -1) : roofline_cache(shape) {
+    part_ = part;
     query_.resize(static_cast<std::size_t>(shape.heads * shape.dim));
     // Noise is cut from a table: two cuts added are as good as new, and a hundred times faster.
     std::mt19937_64 random(seed);
@@ -171,6 +173,11 @@ class roofline_cache {
     const Eigen::MatrixXf scaled = queries / std::sqrt(static_cast<float>(dim));
     const Eigen::MatrixXf duals = scaled * (scaled.transpose() * scaled).inverse();
 
+    Eigen::VectorXf shared(dim), row(dim), left(group);
+    if (part_ >= 0) {
+      for (float& x : shared) x = normal(random);
+      random.seed(seed + 0x9E3779B97F4A7C15u * (static_cast<std::uint64_t>(part_) + 1));
+    }
     Eigen::MatrixXf logits(group, n);
     for (index_t g = 0; g < group; ++g) {
       if (g > 0 && shape_.agree) {
@@ -180,8 +187,7 @@ class roofline_cache {
         for (index_t i = 0; i < n; ++i) logits(g, i) = l[static_cast<std::size_t>(i)];
       }
     }
-    Eigen::VectorXf shared(dim), row(dim), left(group);
-    for (float& x : shared) x = normal(random);
+    for (index_t j = 0; part_ < 0 && j < dim; ++j) shared[j] = normal(random);
     for (index_t i = 0; i < n; ++i) {
       row = cut(random) + cut(random);
       left = logits.col(i) - scaled.transpose() * row;
@@ -193,6 +199,7 @@ class roofline_cache {
   }
 
   cache_shape shape_;
+  int part_ = -1;
   index_t row_, asked_ = 0;
   page_buffer k_, v_;
   std::vector<float> query_, noise_;

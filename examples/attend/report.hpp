@@ -54,8 +54,8 @@ class report {
     files_.write((errors_.size() > 1 ? ",\n" : "\n") + dump(j));
   }
 
-  /// Ends the file, without publishing it, and returns the summary.
-  json finish(double seconds) {
+  /// Ends the file, without publishing it, and returns the summary, with `more` at its end.
+  json finish(double seconds, const json& more = json::object()) {
     const double rows = static_cast<double>(std::max<std::size_t>(1, errors_.size()));
     const double per_head = rows / static_cast<double>(problem_.heads);
     json s;
@@ -85,6 +85,7 @@ class report {
     s["worst_head_failures"] = static_cast<double>(*worst) / per_head;
     s["worst_head"] = worst - head_failures_.begin();
     s["seconds"] = seconds;
+    s.update(more);
     files_.write("\n],\n\"summary\": " + dump(s, 1) + "\n}\n");
     return s;
   }

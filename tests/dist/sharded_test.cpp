@@ -236,7 +236,7 @@ TEST_CASE("sampled shards keep epsilon, read few rows, send little, and end with
       if (ranks == 1 && std::string(w.name) == "one has a single token") continue;
       CAPTURE(ranks, w.name);
       split_problem<float> split(p, ranks, w, true);
-      index_t sampled = 0, rows = 0, failures = 0;
+      index_t sampled = 0, rows = 0, failures = 0, far = 0;
       for (std::uint32_t d = 0; d < 8; ++d) {
         std::vector<results> r;
         require_ok(split.attend(few_fixed(), r, {.seed = 9, .step = d}));
@@ -248,14 +248,15 @@ TEST_CASE("sampled shards keep epsilon, read few rows, send little, and end with
           CHECK(c.n == n);
           CHECK(c.shards == ranks);
           sampled += !c.exact(), rows += c.rows();
-          CHECK(std::abs(std::expm1(double{r[0].log_sum_exp[h]} - double{exact.log_sum_exp[h]})) < 0.2);
+          far += std::abs(std::expm1(double{r[0].log_sum_exp[h]} - double{exact.log_sum_exp[h]})) > c.denominator_error;
         }
         const std::size_t looks = static_cast<std::size_t>(split.costs[0].exchanges - 2);
-        CHECK(split.costs[0].bytes_sent < 416 + 2048 + looks * 24000);
+        CHECK(split.costs[0].bytes_sent < 424 + 2048 + looks * 24000);
       }
       CAPTURE(sampled, rows, failures);
       CHECK(sampled > 16);
       CHECK(failures <= 4);
+      CHECK(far <= 4);
       CHECK(static_cast<double>(rows) < 0.45 * static_cast<double>(32 * n));
     }
   }
@@ -286,7 +287,9 @@ TEST_CASE("a rank that reads all its rows and others that sample are one sample"
     for (std::uint32_t d = 0; d < 10; ++d) {
       std::vector<results> r;
       require_ok(split.attend(c, r, {.step = d}));
-      failures += worst_error(r[0], exact) > 0.1;
+      // Relative to the RMS of the values, which is ‖o‖ over the coherence.
+      const double by = scale == error_scale::rms ? r[0].certificates[0].coherence : 1;
+      failures += by * worst_error(r[0], exact) > 0.11;
       for (const certificate& k : r[0].certificates) {
         sampled += !k.exact();
         CHECK(k.rows_exact >= 1000);

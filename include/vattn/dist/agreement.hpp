@@ -78,7 +78,7 @@ struct terms {
     static constexpr const char* names[count] = {
         "other settings",
         "other shapes or another split",
-        "other options (scale, cap, causal, windows, sinks, slopes, positions of queries, a mask that differs by head)",
+        "other options (scale, cap, causal, windows, sinks, slopes, positions of queries, a mask or none)",
         "another draw key",
         "another query",
         "other arithmetic (build of the library, or exp() of the machine)"};
@@ -102,13 +102,15 @@ struct sequence_shard {
 };
 
 /// The exchange. `local`: what is wrong on this rank already; `own` [n_batch] its shards, {total: its cells, last: its
-/// last position}, which become those of the whole. An error is the same on all ranks.
+/// last position}, which become those of the whole. `heads_apart`: heads see different tokens, here or, then, anywhere.
+/// An error is the same on all ranks.
 template <communicator C>
-[[nodiscard]] status agree(C& comm, split how, const status& local, const terms& mine,
-                           std::span<sequence_shard> own) noexcept {
+[[nodiscard]] status agree(C& comm, split how, const status& local, const terms& mine, std::span<sequence_shard> own,
+                           bool& heads_apart) noexcept {
   constexpr std::size_t most = 8;  // sequences of one message
   struct envelope {
     notice local;
+    std::uint64_t apart = 0;
     std::array<std::uint64_t, terms::count> digests{};
     std::array<std::array<index_t, 2>, most> shards{};
   };
@@ -122,7 +124,7 @@ template <communicator C>
     return e;
   };
   for (std::size_t from = 0;; from += most) {
-    envelope e{notice(local), {}, {}};
+    envelope e{notice(local), heads_apart ? 1u : 0u, {}, {}};
     for (std::size_t w = 0; w < terms::count; ++w) e.digests[w] = mine.of[w].value();
     const std::size_t count = std::min(most, own.size() - std::min(own.size(), from));
     for (std::size_t i = 0; i < count; ++i) e.shards[i] = {own[from + i].total, own[from + i].last};
@@ -139,6 +141,7 @@ template <communicator C>
     for (std::size_t i = 0; i < count; ++i) own[from + i] = {};
     for (int r = 0; r < size; ++r) {
       const envelope theirs = of(r);
+      heads_apart = heads_apart || theirs.apart != 0;
       for (std::size_t i = 0; i < count; ++i) {
         sequence_shard& s = own[from + i];
         const auto [cells, last] = theirs.shards[i];

@@ -36,7 +36,8 @@ template <communicator C>
     return a.used() + workspace::alignment;
   };
   const status ready = local ? memory.reserve(lay_out({})) : local;
-  if (status s = agree(comm, split::blocks, ready, shapes, {}); !s) return s;
+  bool apart = false;
+  if (status s = agree(comm, split::blocks, ready, shapes, {}, apart); !s) return s;
   static_cast<void>(lay_out(arena(memory.memory())));
   const auto each = [&](auto&& visit) {
     std::size_t at = sizeof(notice);

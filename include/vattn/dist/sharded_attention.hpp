@@ -36,7 +36,7 @@ struct traffic {
 /// own cells; sinks, window, causality and sliding windows go by a token's place in the whole sequence (`split`): sinks
 /// are the first places that a query may see, window the last, and masked places among them are not made up for.
 ///
-/// Exchanges of a call: a first one of 416 bytes a rank and 8 sequences, one of values' centres, one for each look
+/// Exchanges of a call: a first one of 424 bytes a rank and 8 sequences, one of values' centres, one for each look
 /// (`look_format`: at most 24 kB for the heads of a group at head size 128), one where rows are read after all. What is
 /// in a look is judged by every rank from the same bytes in the same order; so ranks must run the same build of the
 /// library on machines whose exp() agrees, which the first exchange checks. A rank whose call fails makes the call fail
@@ -117,7 +117,12 @@ class sharded_attention<Policy>::call {
                            most_ranks);
     }
     const status local = prepare();
-    if (status s = agree(counted_, self_.how_, local, local ? make_terms() : terms{}, shards_); !s) return s;
+    bool heads_apart = !options_.mask.same_for_heads();
+    if (status s = agree(counted_, self_.how_, local, local ? make_terms() : terms{}, shards_, heads_apart); !s)
+      return s;
+    set_groups(heads_apart);
+    arena run(memory_.memory());
+    lay_out(run);
     for (index_t first = 0; first < groups_; first += at_once_) {
       if (status s = attend(first, std::min(groups_, first + at_once_)); !s) return s;
     }
@@ -175,23 +180,32 @@ class sharded_attention<Policy>::call {
       settings_.delta /= static_cast<double>(std::max<index_t>(1, q_.extents[0] * q_.extents[1] * q_.extents[2]));
     }
     n_ = longest(cache_);
-    const index_t group = q_.extents[2] / cache_.n_kv_heads();
-    shared_ = options_.mask.same_for_heads() ? std::clamp<index_t>(group, 1, max_group) : 1;
-    parts_ = (group + shared_ - 1) / shared_;
-    groups_ = result_.output.size() == 0 ? 0 : q_.extents[0] * q_.extents[1] * cache_.n_kv_heads() * parts_;
-    at_once_ = std::min(most_groups, std::max<index_t>(1, groups_));
     sparse_ = {.sinks = settings_.sinks, .window = settings_.window};
-    arena count;
-    lay_out(count);
-    if (status s = memory_.reserve(count.used() + workspace::alignment); !s) return s;
+    std::size_t bytes = 0;
+    for (const bool apart : {false, true}) {
+      if (apart && !options_.mask) continue;  // only masks differ by head, and another rank's may
+      set_groups(apart);
+      arena count;
+      lay_out(count);
+      bytes = std::max(bytes, count.used() + workspace::alignment);
+    }
+    if (status s = memory_.reserve(bytes); !s) return s;
     arena run(memory_.memory());
-    lay_out(run);
+    lay_out(run);  // where `shards_` lies depends on nothing else
     for (index_t b = 0; b < cache_.n_batch(); ++b) {
       sequence_shard& s = shards_[static_cast<std::size_t>(b)] = {.total = cache_.head(b, 0).size()};
       const cell_positions::line positions = options_.positions.at(b);
       for (index_t c = 0; positions && c < s.total; ++c) s.last = std::max<index_t>(s.last, positions(c));
     }
     return {};
+  }
+  // Heads that see the same tokens share a sample.
+  void set_groups(bool heads_apart) noexcept {
+    const index_t group = q_.extents[2] / cache_.n_kv_heads();
+    shared_ = heads_apart ? 1 : std::clamp<index_t>(group, 1, max_group);
+    parts_ = (group + shared_ - 1) / shared_;
+    groups_ = result_.output.size() == 0 ? 0 : q_.extents[0] * q_.extents[1] * cache_.n_kv_heads() * parts_;
+    at_once_ = std::min(most_groups, std::max<index_t>(1, groups_));
   }
   [[nodiscard]] status check_split() const noexcept {
     const bool placed = self_.how_ == split::by_position;
@@ -222,7 +236,7 @@ class sharded_attention<Policy>::call {
     digest& o = t.of[terms::options];
     o.add(double{options_.scale}), o.add(double{options_.softcap});
     o.add(std::uint64_t{options_.causal}), o.add(static_cast<std::uint64_t>(options_.sliding_window));
-    o.add(std::uint64_t{options_.mask.same_for_heads()});
+    o.add(std::uint64_t{static_cast<bool>(options_.mask)});
     for (const float* p : {options_.sink_logits, options_.alibi_slopes}) {
       o.add(std::uint64_t{p != nullptr});
       if (p) o.add_bytes(p, q_.extents[2]);
