@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "attend/problem.hpp"
+#include "common/reference.hpp"
 #include "common/report_files.hpp"
 #include "common/rows.hpp"
 
