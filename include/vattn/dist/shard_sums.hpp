@@ -57,7 +57,7 @@ class wire_reader {
 
 /// What one rank sends of a group of heads in a look: for each head the scalars of `stats::sample_sums`, Σ w x (v − c)
 /// in float, the other vectors in 16 bits of a unit of their own, which only the evidence rests on. At head size 128
-/// that is 21.7 kB for 4 heads and 22.7 kB for 8, whatever the number of tokens.
+/// that is 21.8 kB for 4 heads and 22.1 kB for 8, whatever the number of tokens.
 struct look_format {
   index_t heads = 1, dv = 1;
   int groups = 4;  ///< of random signs
