@@ -1,12 +1,14 @@
 // A decode step over a cache that is split: sampled shards against dense shards merged by (o, log-sum-exp), in turn, in
 // one run, over the processes of mpirun or threads of this one.
 //   mpirun -n 2 roofline_shards --n 1048576 --regime gauss1,gauss3 --json shards.json
+// `cpu_ms` is the slowest rank's processor time outside exchanges: what a machine shared with others says of the work.
 //   roofline_shards --ranks 1 --threads 2 --n 1048576          (the whole in one process; mode `index`: not split at
 //   all)
 
 #include <CLI/CLI.hpp>
 #include <chrono>
 #include <cstdio>
+#include <ctime>
 #include <functional>
 #include <nlohmann/json.hpp>
 
@@ -35,7 +37,7 @@ struct settings {
 struct row {
   std::string mode, regime;
   index_t n = 0, ranks = 0, threads = 0, failures = 0, draws = 0, exchanges = 0;
-  double ms = 0, ms_min = 0, exchange_us = 0, speedup = 0, density = 0, error_p90 = 0;
+  double ms = 0, ms_min = 0, cpu_ms = 0, exchange_us = 0, speedup = 0, density = 0, error_p90 = 0;
   std::size_t bytes_sent = 0;
 };
 
@@ -49,15 +51,25 @@ double quantile(std::vector<double> v, double p) {
   return v[std::min(v.size() - 1, static_cast<std::size_t>(p * static_cast<double>(v.size())))];
 }
 
+// Of the calling thread, or of all the process's threads: what others take of the machine is not in it.
+double cpu_ms(bool thread) {
+  std::timespec t{};
+  clock_gettime(thread ? CLOCK_THREAD_CPUTIME_ID : CLOCK_PROCESS_CPUTIME_ID, &t);
+  return 1e3 * static_cast<double>(t.tv_sec) + 1e-6 * static_cast<double>(t.tv_nsec);
+}
+
 // Adds up the time that a rank spends in exchanges, waiting for others included.
 struct timed_communicator {
   dist::communicator_ref& of;
-  double us = 0;
+  bool thread = false;
+  double us = 0, cpu = 0;
   [[nodiscard]] int rank() const noexcept { return of.rank(); }
   [[nodiscard]] int size() const noexcept { return of.size(); }
   [[nodiscard]] status all_gather(std::span<const std::byte> mine, std::span<std::byte> all) noexcept {
     const auto start = std::chrono::steady_clock::now();
+    const double before = cpu_ms(thread);
     status s = of.all_gather(mine, all);
+    cpu += cpu_ms(thread) - before;
     us += std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - start).count();
     return s;
   }
@@ -84,7 +96,8 @@ void measure(const settings& o, const std::string& regime, index_t n, dist::comm
   const dist::sharded_attention<> attend(c, index, dist::split::round_robin);
   const vattention<index_policy> alone(c, {index});
   workspace memory;
-  timed_communicator exchange{comm};
+  const bool thread = o.ranks > 1;  // then they share a process, and have a thread each
+  timed_communicator exchange{comm, thread};
   dist::traffic cost;
   const auto run_dense = [&](std::uint32_t) {
     const status local = exact_attention(cache.query(), shard, options, to, memory, pool);
@@ -100,7 +113,7 @@ void measure(const settings& o, const std::string& regime, index_t n, dist::comm
   struct mode {
     const char* name;
     std::function<void(std::uint32_t)> run;
-    std::vector<double> ms{}, us{}, errors{};
+    std::vector<double> ms{}, cpu{}, us{}, errors{};
     double density = 0;
   };
   std::vector<mode> modes{{"dense", run_dense}, {"shards", run_shards}};
@@ -108,14 +121,17 @@ void measure(const settings& o, const std::string& regime, index_t n, dist::comm
   for (int repeat = -1; repeat < o.repeats; ++repeat) {  // the first warms up
     for (mode& m : modes) {
       examples::barrier(comm);
-      exchange.us = 0;
+      exchange.us = exchange.cpu = 0;
+      const double before = cpu_ms(thread);
       const auto start = std::chrono::steady_clock::now();
       m.run(static_cast<std::uint32_t>(repeat + 1));
+      const double cpu_after = cpu_ms(thread);
       const double own = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
       const double slowest = examples::largest(comm, own);
+      const double cpu = examples::largest(comm, cpu_after - before - exchange.cpu);
       if (&m == &modes[0]) dense = output;
       if (repeat < 0) continue;
-      m.ms.push_back(slowest), m.us.push_back(exchange.us);
+      m.ms.push_back(slowest), m.cpu.push_back(cpu), m.us.push_back(exchange.us);
       for (std::size_t h = 0; h < lse.size(); ++h) {
         double miss = 0, norm = 0;
         for (std::size_t d = h * static_cast<std::size_t>(o.dim); d < (h + 1) * static_cast<std::size_t>(o.dim); ++d) {
@@ -131,6 +147,7 @@ void measure(const settings& o, const std::string& regime, index_t n, dist::comm
     row r{.mode = m.name, .regime = regime, .n = n, .ranks = comm.size(), .threads = o.threads};
     const bool first = &m == &modes[0], split = &m == &modes[1];
     r.ms = quantile(m.ms, 0.5), r.ms_min = quantile(m.ms, 0), r.exchange_us = quantile(m.us, 0.5);
+    r.cpu_ms = quantile(m.cpu, 0.5);
     r.speedup = quantile(modes[0].ms, 0.5) / r.ms;
     r.density = first ? 1 : m.density, r.error_p90 = quantile(m.errors, 0.9);
     r.draws = static_cast<index_t>(m.errors.size());
@@ -153,14 +170,14 @@ void run(settings& o, int& argc, char**& argv) {
     }
   });
   if (!first) return;
-  std::printf("%-7s %-8s %9s %5s %2s %9s %9s %11s %7s %8s %10s %9s %s\n", "mode", "regime", "n", "ranks", "t", "ms",
-              "ms_min", "exchange_us", "speedup", "density", "bytes_sent", "error_p90", "failures");
+  std::printf("%-7s %-8s %9s %5s %2s %9s %9s %8s %11s %7s %8s %10s %9s %s\n", "mode", "regime", "n", "ranks", "t", "ms",
+              "ms_min", "cpu_ms", "exchange_us", "speedup", "density", "bytes_sent", "error_p90", "failures");
   nlohmann::ordered_json rows = nlohmann::ordered_json::array();
   for (const row& r : table) {
-    std::printf("%-7s %-8s %9lld %5lld %2lld %9.3f %9.3f %11.1f %7.2f %8.4f %10zu %9.2e %lld/%lld\n", r.mode.c_str(),
-                r.regime.c_str(), static_cast<long long>(r.n), static_cast<long long>(r.ranks),
-                static_cast<long long>(r.threads), r.ms, r.ms_min, r.exchange_us, r.speedup, r.density, r.bytes_sent,
-                r.error_p90, static_cast<long long>(r.failures), static_cast<long long>(r.draws));
+    std::printf("%-7s %-8s %9lld %5lld %2lld %9.3f %9.3f %8.2f %11.1f %7.2f %8.4f %10zu %9.2e %lld/%lld\n",
+                r.mode.c_str(), r.regime.c_str(), static_cast<long long>(r.n), static_cast<long long>(r.ranks),
+                static_cast<long long>(r.threads), r.ms, r.ms_min, r.cpu_ms, r.exchange_us, r.speedup, r.density,
+                r.bytes_sent, r.error_p90, static_cast<long long>(r.failures), static_cast<long long>(r.draws));
     rows.push_back({{"mode", r.mode},
                     {"regime", r.regime},
                     {"n", r.n},
@@ -168,6 +185,7 @@ void run(settings& o, int& argc, char**& argv) {
                     {"threads", r.threads},
                     {"ms", r.ms},
                     {"ms_min", r.ms_min},
+                    {"cpu_ms", r.cpu_ms},
                     {"exchange_us", r.exchange_us},
                     {"exchanges", r.exchanges},
                     {"speedup_over_dense", r.speedup},

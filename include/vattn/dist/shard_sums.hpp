@@ -57,16 +57,17 @@ class wire_reader {
 
 /// What one rank sends of a group of heads in a look: for each head the scalars of `stats::sample_sums`, Σ w x (v − c)
 /// in float, the other vectors in 16 bits of a unit of their own, which only the evidence rests on. At head size 128
-/// that is 21.8 kB for 4 heads and 22.1 kB for 8, whatever the number of tokens.
+/// that is 13.2 kB for 4 heads and 22.1 kB for 8, whatever the number of tokens.
 struct look_format {
   index_t heads = 1, dv = 1;
   int groups = 4;  ///< of random signs
 
   static constexpr std::size_t most_bytes = 24000;  ///< where 4 groups of signs allow it
-  static constexpr int fewest_groups = 4;
+  // More of them say little more of ν₁, and cost judging the square of their number.
+  static constexpr int most_signs = 8, fewest_groups = 4;
 
   look_format() = default;
-  look_format(index_t of_heads, index_t width) noexcept : heads(of_heads), dv(width), groups(stats::most_groups) {
+  look_format(index_t of_heads, index_t width) noexcept : heads(of_heads), dv(width), groups(most_signs) {
     while (groups > fewest_groups && bytes() > most_bytes) --groups;
   }
   [[nodiscard]] std::size_t bytes() const noexcept { return group_bytes + static_cast<std::size_t>(heads) * head(); }
