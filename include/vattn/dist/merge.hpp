@@ -20,7 +20,8 @@ namespace vattn::VATTN_ABI::dist {
 template <communicator C>
 [[nodiscard]] status merge_outputs(const tensor_view<float, 4>& output, const tensor_view<float, 3>& log_sum_exp,
                                    workspace& memory, C& comm, const status& local = {}) noexcept {
-  const auto [batch, queries, heads, dv] = output.extents;
+  const index_t batch = output.extents[0], queries = output.extents[1], heads = output.extents[2],
+                dv = output.extents[3];
   const std::size_t row = (static_cast<std::size_t>(dv) + 1) * sizeof(float);
   const std::size_t size = sizeof(notice) + static_cast<std::size_t>(batch * queries * heads) * row;
   const auto ranks = static_cast<std::size_t>(comm.size());
