@@ -106,7 +106,7 @@ class shard_sampler : index_sampler<Policy, Head> {
       const double offset = double{tables_.offset[at(h)]};
       out.put(whole_ ? -stats::infinity : log_mass_[at(h)] + offset + std::log(unit));
       out.put(whole_ ? -stats::infinity : log_sum_[at(h)] + offset);
-      out.put(whole_ ? 0.0 : this->rounding());
+      out.put(whole_ ? 0.0 : this->rounding(h));
       out.put(whole_ ? 0.0 : this->rise_[at(h)]);
     }
     if (whole_) std::fill_n(own_.centre.begin(), head_.dv(), 0.0f);
@@ -302,7 +302,7 @@ class shard_sampler : index_sampler<Policy, Head> {
       sums_.add_certain(h, double{read.reference(h)}, c.x, read.certain().numerator(h), c.power, this->centre_,
                         own_.centre.data(), this->certain_);
       sums_.more(h).floor =
-          wanted_.floor[at(h)] + double{tables_.offset[at(h)]} + this->rounding() + this->rise_[at(h)];
+          wanted_.floor[at(h)] + double{tables_.offset[at(h)]} + this->rounding(h) + this->rise_[at(h)];
       counts.breaches = std::max(counts.breaches, read.breaches(h));
     }
     counts.unsound = counts.breaches > stats::breaches_of_errors(read.keys_read()) ? 1 : 0;

@@ -141,7 +141,7 @@ class sharded_attention<Policy>::call {
     index_t judged = 0;       // exchanges
   };
   struct group_memory {
-    std::span<std::byte> state;
+    std::span<std::byte> state, pieces;
     index_scratch index;
     shard_scratch own;
     std::array<scratch, static_cast<std::size_t>(max_group)> heads;
@@ -169,7 +169,7 @@ class sharded_attention<Policy>::call {
     }
     if (status s = check_split(); !s) return s;
     if (!self_.indices_.empty()) {
-      if (status s = check_index_call(cache_, {self_.indices_, {}}); !s) return s;
+      if (status s = check_index_call(cache_, select::beside{self_.indices_, {}}); !s) return s;
     }
     workers_ = workers_of(exec_);
     if (workers_ < 1) {
@@ -264,6 +264,8 @@ class sharded_attention<Policy>::call {
     const index_t dk = q_.extents[3], dv = cache_.dv(), fixed = settings_.sinks + settings_.window;
     group_memory m;
     m.state = a.take<std::byte>(sizeof(group_state));
+    m.pieces =
+        a.take<std::byte>(std::max(exact_scratch::piece_bytes(shared_, dv), index_piece::bytes(shared_, dk, dv)));
     m.index = index_scratch::take(a, self_.indices_.empty() ? 0 : n_, shared_, dk, dv, std::min(fixed, n_));
     m.own = shard_scratch::take(a, look_format(shared_, dv), ranks_);
     for (index_t h = 0; h < shared_; ++h)
@@ -296,6 +298,7 @@ class sharded_attention<Policy>::call {
     const auto head = cache_.head(b, kv);
     const sequence_shard& whole = shards_[static_cast<std::size_t>(b)];
     to.settings = settings_;
+    to.heads.memory = m.pieces;
     to.first_place = (b * q_.extents[1] + t) * q_.extents[2] + first;
     for (index_t h = 0; h < heads; ++h) {
       const scratch& s = m.heads[static_cast<std::size_t>(h)];
@@ -313,7 +316,8 @@ class sharded_attention<Policy>::call {
       head_task<head_type> one{.row = row,
                                .tokens = seen.tokens,
                                .stream = stream.fork(first_purpose + static_cast<std::uint32_t>(rank_)),
-                               .s = s};
+                               .s = s,
+                               .query = t};
       one.state = softmax_state(s.state);
       one.c.epsilon = settings_.epsilon, one.c.delta = settings_.delta, one.c.scale = settings_.scale;
       one.c.target = Policy::target::kind, one.c.shards = ranks_;
