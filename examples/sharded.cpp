@@ -82,7 +82,7 @@ struct part_of_arrays {
 class measured {
  public:
   measured(const sharded_request& r, const problem& p, int rank) : r_(r), p_(p) {
-    if (rank == 0) report_ = std::make_unique<report>(r, p);
+    if (rank == 0) report_ = std::make_unique<report>(r, p, "sharded");
   }
 
   // `truth` null: the dense shards' output is the truth.

@@ -16,14 +16,14 @@ namespace vattn::examples {
 /// Certificates are written as they come, one a line: many trials of many heads do not fit in memory twice.
 class report {
  public:
-  report(const request& r, const problem& p)
+  report(const request& r, const problem& p, const std::string& program = "attend")
       : request_(r),
         problem_(p),
-        files_(r.json_path, r.html_path, std::string("attend: ") + to_string(r.how) + ", " + r.q_path),
+        files_(r.json_path, r.html_path, program + ": " + to_string(r.how) + ", " + r.q_path),
         head_failures_(count(p.heads)) {
     // Top-k and the like promise nothing; what they are measured by is the output.
     promised_ = promises(r.how) ? r.target : target_kind::output;
-    files_.write("{\n\"program\": \"attend\",\n\"certificates\": [");
+    files_.write("{\n\"program\": \"" + program + "\",\n\"certificates\": [");
   }
 
   void add(std::int64_t trial, index_t token, index_t head, const certificate& c, const row_error& e) {
