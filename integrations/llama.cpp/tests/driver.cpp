@@ -224,6 +224,15 @@ double tail(std::uint64_t k, std::uint64_t n, double p) {
   return std::min(1.0, term / (1 - ratio));
 }
 
+// Resident memory of this process, KiB.
+long resident() {
+  std::ifstream in("/proc/self/status");
+  for (std::string line; std::getline(in, line);) {
+    if (line.starts_with("VmRSS:")) return std::stol(line.substr(6));
+  }
+  return 0;
+}
+
 // Every event that a cache knows, in random order, between steps of decode.
 int events(const arguments& a) {
   const double epsilon = std::stod(a.text("epsilon", "0.1")), delta = std::stod(a.text("delta", "0.1"));
@@ -255,10 +264,12 @@ int events(const arguments& a) {
   std::vector<std::uint8_t> saved, saved_one;
   refill(0);
   std::string last = "start";
+  long settled = 0;  // memory, a quarter into the run
   const std::vector<std::string> kinds{"step",   "steps",  "draft", "batch", "remove_middle", "remove_tail", "copy",
                                        "shift",  "save",   "load",  "save_sequence", "load_sequence", "clear", "prefill"};
   for (; served < steps; ++served) {
     const std::string kind = !only.empty() && below(3) == 0 ? only : below(2) == 0 ? "step" : kinds[static_cast<std::size_t>(below(static_cast<int>(kinds.size())))];
+    if (served == steps / 4) settled = resident();
     const int q = below(sequences), n = s.next(q);
     const auto before = std::array{watch.checked, watch.rough, watch.violations};
     if (used() + 300 > room) {
@@ -342,6 +353,11 @@ int events(const arguments& a) {
                 static_cast<unsigned long long>(x[2]), p);
     ok = ok && p > 1e-6;
   }
+  if (a.number("leak", 0) != 0) {
+    const long grown = resident() - settled;
+    std::printf("memory grew by %ld KiB in %d steps\n", grown, steps - steps / 4);
+    ok = ok && grown < 16384;
+  }
   std::printf("checked %llu, sampled %llu, violations %llu, largest error %.4f: %s\n",
               static_cast<unsigned long long>(watch.checked), static_cast<unsigned long long>(watch.rough),
               static_cast<unsigned long long>(watch.violations), watch.largest, ok ? "as promised" : "NOT AS PROMISED");
@@ -358,7 +374,11 @@ int main(int argc, char** argv) try {
   if (command == "greedy") return greedy(a);
   if (command == "prompts") return prompts(a);
   if (command == "bench") return bench(a);
-  if (command == "events") return events(a);
+  if (command == "events") {
+    int result = 0;
+    for (int i = 0; i < a.number("times", 1); ++i) result |= events(a);
+    return result;
+  }
   std::fprintf(stderr, "driver: give load, logits, greedy, prompts, bench or events\n");
   return 2;
 } catch (const std::exception& e) {
