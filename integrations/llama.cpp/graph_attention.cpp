@@ -15,7 +15,9 @@ double since(clock::time_point start) { return std::chrono::duration<double>(clo
 constexpr index_t most_queries = 16;    // of a node: decode, several sequences, drafts; more is prefill
 constexpr index_t most_head_size = 1024;
 constexpr index_t least_cells = 512;    // below, a node takes microseconds, and ggml's own is as good
-constexpr index_t least_visible = 2304; // what an index is worth: see index_costs
+constexpr index_t least_visible = 5120; // from here codes are faster than exact attention by our kernels
+constexpr index_t coding_steps = 24;     // over which the codes of a context are spread
+constexpr index_t unit_rows = 512;       // of which a layer's units are taken
 constexpr index_t most_parts = 4;       // of a KV head's query heads, where there are more threads than KV heads
 
 vattn::ggml_layout layout(const ggml_tensor* t) { return {t->data, t->ne, t->nb}; }
@@ -94,6 +96,7 @@ void graph_attention::note_write(const ggml_tensor* node) {
 
 void graph_attention::before(ggml_cgraph* graph) noexcept {
   used_ = seen_ = 0;
+  builds_ = 0;
   late_.clear();
   report::instance().write_if_asked();
   const int n = ggml_.n_nodes(graph);
@@ -209,112 +212,124 @@ const sight& graph_attention::look(const attention_node& n, const ggml_tensor* m
   return s;
 }
 
-// Codes of the cells that are seen and whose rows were written since they were coded.
-void graph_attention::bring_up(call& c, const attention_node& n, const sight& s, team::executor_of_team& threads) {
+// Codes of the cells that are seen and whose rows were written since they were coded. Coding a cell takes as long as
+// attending some twenty exactly: it is spread over steps, in which attention is exact, so that no step takes longer than
+// ggml's own would. False: there is more to do.
+bool graph_attention::bring_up(call& c, const attention_node& n, const sight& s, team::executor_of_team& threads) {
   layer_cache& layer = *c.layer;
   const index_t kv_heads = n.kv_heads();
-  std::vector<std::uint8_t> builds(static_cast<std::size_t>(s.streams), 0);
-  std::vector<std::int32_t> checked(static_cast<std::size_t>(s.streams), -1);
+  struct work {
+    bool build = false, stale = false, ready = true;
+    std::int32_t checked = -1;  // a cell whose code is compared
+    index_t last = 0;
+  };
+  std::vector<work> works(static_cast<std::size_t>(s.streams));
+  const auto work_of = [&](index_t b) -> work& { return works[static_cast<std::size_t>(b)]; };
+  const auto coding_of = [&](index_t b) -> std::vector<std::int32_t>& {
+    return layer.coding[static_cast<std::size_t>(c.first_stream + b)];
+  };
+  const auto current_of = [&](index_t b) -> cell_set& {
+    return layer.current[static_cast<std::size_t>(c.first_stream + b)];
+  };
   std::uint64_t coded = 0;
-  index_t tasks = 0;
+  bool any = false;
   for (index_t b = 0; b < s.streams; ++b) {
-    const index_t stream = c.first_stream + b;
-    cell_set& current = layer.current[static_cast<std::size_t>(stream)];
-    std::vector<std::int32_t>& coding = layer.coding[static_cast<std::size_t>(stream)];
+    work& w = work_of(b);
+    const std::span<const std::uint64_t> current = current_of(b).words();
+    std::vector<std::int32_t>& coding = coding_of(b);
     coding.clear();
-    index_t visible = 0, last = 0;
-    for (index_t t = 0; t < s.queries; ++t) last = std::max(last, s.of(b, t).last);
+    for (index_t t = 0; t < s.queries; ++t) w.last = std::max(w.last, s.of(b, t).last);
+    index_t visible = 0, missing = 0;
     const std::span<const std::uint64_t> seen = s.together[static_cast<std::size_t>(b)].words();
-    for (std::size_t w = 0; w < seen.size(); ++w) {
-      visible += std::popcount(seen[w]);
-      for (std::uint64_t left = seen[w] & ~current.words()[w]; left != 0; left &= left - 1)
-        coding.push_back(static_cast<std::int32_t>(w * 64) + std::countr_zero(left));
-    }
-    if (visible < least_visible) {  // none of its queries will use codes: their turn comes
-      coding.clear();
+    for (std::size_t i = 0; i < seen.size(); ++i)
+      visible += std::popcount(seen[i]), missing += std::popcount(seen[i] & ~current[i]);
+    if (visible < least_visible) continue;  // none of its queries will use codes: their turn comes
+    const vattn::kv_index& first = layer.index(c.first_stream + b, 0);
+    // Units are taken again where many keys do not fit them, and while few keys were known.
+    const bool misfit = missing == 0 && layer.step - layer.built > 1024 && 16 * (visible - first.codes(0).codes()) > visible;
+    w.build = first.built_from() == 0 || misfit || layer.rows_at_build * 4 < w.last;
+    if (w.build && builds_ > 0) {
+      w.build = false, w.ready = false;  // a layer at a time
       continue;
     }
-    const vattn::kv_index& first = layer.index(stream, 0);
-    // Units are of the keys that there were: they are taken again where many keys do not fit them, and while few were known.
-    const bool misfit = first.built_from() > 0 && layer.step - layer.built > 1024 && 32 * static_cast<index_t>(coding.size()) < visible &&
-                        16 * (visible - first.codes(0).codes()) > visible;
-    const bool build = first.built_from() == 0 || misfit ||
-                       (first.built_from() < vattn::kv_index::sample && last >= 2 * first.built_from());
-    builds[static_cast<std::size_t>(b)] = build ? 1 : 0;
-    if (build) layer.built = layer.step;
-    coded += build ? static_cast<std::uint64_t>(last) : coding.size();
-    if (!build) {
+    const index_t most = std::max<index_t>(256, visible / coding_steps);
+    w.ready = w.build ? false : missing <= most;
+    for (std::size_t i = 0; i < seen.size() && static_cast<index_t>(coding.size()) < most; ++i) {
+      if (w.build) break;
+      for (std::uint64_t left = seen[i] & ~current[i]; left != 0; left &= left - 1)
+        coding.push_back(static_cast<std::int32_t>(i * 64) + std::countr_zero(left));
+    }
+    coded += coding.size();
+    if (w.ready) {
       // One of the cells whose codes are to be used, at random.
       layer.random ^= layer.random << 13, layer.random ^= layer.random >> 7, layer.random ^= layer.random << 17;
-      const std::size_t w = layer.random % seen.size();
-      if (const std::uint64_t there = seen[w] & current.words()[w]) {
+      const std::size_t i = layer.random % seen.size();
+      if (const std::uint64_t there = seen[i] & current[i]) {
         const int turn = static_cast<int>(layer.random >> 32 & 63);
-        const int bit = (std::countr_zero(std::rotr(there, turn)) + turn) & 63;
-        checked[static_cast<std::size_t>(b)] = static_cast<std::int32_t>(w * 64) + bit;
+        w.checked = static_cast<std::int32_t>(i * 64) + ((std::countr_zero(std::rotr(there, turn)) + turn) & 63);
       }
     }
-    if (build || !coding.empty() || checked[static_cast<std::size_t>(b)] >= 0) tasks = s.streams * kv_heads;
+    any = any || w.build || !coding.empty() || w.checked >= 0;
   }
-  std::vector<std::uint8_t> stale(static_cast<std::size_t>(s.streams), 0);
-  std::vector<std::uint8_t> failed(static_cast<std::size_t>(s.streams * kv_heads), 0);
-  threads.for_each(tasks, [&](index_t task, index_t) {
-    const index_t b = task / kv_heads, h = task % kv_heads, stream = c.first_stream + b;
-    vattn::kv_index& index = layer.index(stream, h);
-    const std::vector<std::int32_t>& coding = layer.coding[static_cast<std::size_t>(stream)];
+  std::vector<std::uint8_t> failed(static_cast<std::size_t>(s.streams * kv_heads), 0), stale = failed;
+  threads.for_each(any ? s.streams * kv_heads : 0, [&](index_t task, index_t) {
+    const index_t b = task / kv_heads, h = task % kv_heads;
+    const work& w = work_of(b);
+    vattn::kv_index& index = layer.index(c.first_stream + b, h);
     const attention_node head = n.of_head(b, h);
     vattn::status done;
-    if (builds[static_cast<std::size_t>(b)] != 0) {
-      index_t last = 0;
-      for (index_t t = 0; t < s.queries; ++t) last = std::max(last, s.of(b, t).last);
-      done = c.how->build(head.of_cells(last), index);
-    } else {
-      if (const std::int32_t cell = checked[static_cast<std::size_t>(b)]; cell >= 0 && cell < index.size()) {
-        const std::span<const std::byte> blocks = index.codes(0).blocks();
-        const std::size_t bytes = index.codes(0).layout().block_bytes();
-        const std::span<const std::byte> block = blocks.subspan(static_cast<std::size_t>(cell) / 64 * bytes, bytes);
-        std::array<std::byte, 8192> was;
-        const std::size_t kept = std::min(bytes, was.size());
-        std::memcpy(was.data(), block.data(), kept);
-        done = c.how->update(head, index, {&cell, 1});
-        // A code is a function of its rows: any difference shows rows that were written unseen.
-        if (std::memcmp(was.data(), block.data(), kept) != 0) stale[static_cast<std::size_t>(b)] = 1;
-      }
-      if (done) done = c.how->update(head, index, coding);
+    if (w.build) {  // units of rows that are spread over all; their codes are of no use
+      const index_t step = std::max<index_t>(1, w.last / unit_rows);
+      attention_node some = head.of_cells(w.last / step);
+      some.k.nb[1] *= step, some.v.nb[1] *= step;
+      done = c.how->build(some, index);
+      index.clear();
+    } else if (w.checked >= 0 && w.checked < index.size()) {
+      const std::size_t bytes = index.codes(0).layout().block_bytes();
+      const std::span<const std::byte> block =
+          index.codes(0).blocks().subspan(static_cast<std::size_t>(w.checked) / 64 * bytes, bytes);
+      std::array<std::byte, 16384> was;
+      const std::size_t kept = std::min(bytes, was.size());
+      std::memcpy(was.data(), block.data(), kept);
+      done = c.how->update(head, index, {&w.checked, 1});
+      // A code is a function of its rows: any difference shows rows that were written unseen.
+      stale[static_cast<std::size_t>(task)] = std::memcmp(was.data(), block.data(), kept) != 0 ? 1 : 0;
     }
+    if (done) done = c.how->update(head, index, coding_of(b));
     failed[static_cast<std::size_t>(task)] = done ? 0 : 1;
   });
   if (std::any_of(failed.begin(), failed.end(), [](std::uint8_t f) { return f != 0; })) throw std::bad_alloc();
-  bool again = false;
+  bool ready = true, lost = false;
   for (index_t b = 0; b < s.streams; ++b) {
-    cell_set& current = layer.current[static_cast<std::size_t>(c.first_stream + b)];
-    if (stale[static_cast<std::size_t>(b)] != 0) {
-      current.clear();
-      again = true;
+    work& w = work_of(b);
+    const auto mine = std::span(stale).subspan(static_cast<std::size_t>(b * kv_heads), static_cast<std::size_t>(kv_heads));
+    w.stale = std::any_of(mine.begin(), mine.end(), [](std::uint8_t x) { return x != 0; });
+    lost = lost || w.stale;
+    ready = ready && w.ready && !w.stale;
+    if (w.build) {
+      ++builds_;
+      layer.built = layer.step;
+      layer.rows_at_build = w.last;
+    }
+    if (w.build || w.stale) {
+      current_of(b).clear();
       continue;
     }
-    if (builds[static_cast<std::size_t>(b)] != 0) {
-      index_t last = 0;
-      for (index_t t = 0; t < s.queries; ++t) last = std::max(last, s.of(b, t).last);
-      current.clear();
-      for (index_t cell = 0; cell < last; ++cell)
-        current.words()[static_cast<std::size_t>(cell / 64)] |= std::uint64_t{1} << (cell % 64);
-    }
-    for (const std::int32_t cell : layer.coding[static_cast<std::size_t>(c.first_stream + b)])
-      current.words()[static_cast<std::size_t>(cell) / 64] |= std::uint64_t{1} << (cell % 64);
+    for (const std::int32_t cell : coding_of(b))
+      current_of(b).words()[static_cast<std::size_t>(cell) / 64] |= std::uint64_t{1} << (cell % 64);
   }
   report::instance().add([&] {
     c.counts->coded += coded;
-    c.counts->stale += again ? 1u : 0u;
+    c.counts->stale += lost ? 1u : 0u;
   });
-  if (again) bring_up(c, n, s, threads);
+  return ready;
 }
 
 bool graph_attention::verify(call& c, const attention_node& n, const sight& s, team::executor_of_team& threads) {
   layer_cache& layer = *c.layer;
-  bring_up(c, n, s, threads);
   const index_t kv_heads = n.kv_heads(), group = n.group(), slots = n.streams() * n.queries(), heads = n.heads();
-  if (!layer.timed) {  // the first time, exactly: what is saved can then be said
-    layer.timed = true;
+  ++layer.step;
+  if (!bring_up(c, n, s, threads)) {
     const clock::time_point start = clock::now();
     exactly(c, n, &s, threads);
     double rows = 0;
@@ -339,7 +354,6 @@ bool graph_attention::verify(call& c, const attention_node& n, const sight& s, t
   for (vattn::workspace& w : own_) {
     if (!w.reserve(bytes)) throw std::bad_alloc();
   }
-  ++layer.step;
   const auto number = static_cast<std::uint32_t>(layer_number(layer.k));
   threads.for_each(memories, [&](index_t task, index_t worker) {
     const index_t part = task % parts, kv = task / parts % kv_heads, slot = task / parts / kv_heads;

@@ -63,7 +63,7 @@ class graph_attention {
   [[nodiscard]] attention_node node_of(const call& c) const noexcept;
   [[nodiscard]] const sight& look(const attention_node& n, const ggml_tensor* mask);
   [[nodiscard]] bool verify(call& c, const attention_node& n, const sight& s, team::executor_of_team& threads);
-  void bring_up(call& c, const attention_node& n, const sight& s, team::executor_of_team& threads);
+  [[nodiscard]] bool bring_up(call& c, const attention_node& n, const sight& s, team::executor_of_team& threads);
   void exactly(call& c, const attention_node& n, const sight* s, team::executor_of_team& threads);
 
   const host& ggml_;
@@ -71,6 +71,7 @@ class graph_attention {
   vattn::config config_;
   std::vector<std::unique_ptr<call>> calls_;  // kept from graph to graph
   std::size_t used_ = 0;
+  int builds_ = 0;  // layers whose units were taken in this graph
   std::vector<layer_cache*> late_;  // written after they were attended
   std::vector<sight> sights_;
   std::size_t seen_ = 0;

@@ -74,7 +74,7 @@ class layer_cache {
   std::vector<std::vector<std::int32_t>> coding;  // [streams]: cells to be coded before a call
   std::uint32_t step = 0, built = 0;              // calls; and when units were taken last
   std::uint64_t random = 0x9E3779B97F4A7C15u;  // of cells whose codes are checked
-  bool timed = false;                          // an exact call was timed for comparison
+  index_t rows_at_build = 0;                   // cells of which units were taken
 };
 
 /// All layers of the process's caches, by their tensors. Buffers that hold one are watched: what writes to them without

@@ -3,12 +3,13 @@
 //   driver logits  ... --text FILE --count N --batch B --out F all logits of the first N bytes, B at a time
 //   driver greedy  ... --text FILE --prompt N --count M        M bytes after N, each the likeliest
 //   driver prompts ... --prompts FILE --length N --limit L     questions of prompts.jsonl, how many are answered
-//   driver bench   ... --text FILE --fill N --steps M          decode speed at N tokens (--sequences S: of N each)
+//   driver bench   ... --text FILE --fill N --steps M          decode speed at N tokens (--filled S: sequences of N each)
 //   driver events  ... --steps N --seed S                      random events in a cache, attention checked in double
 // Common: --type f16|f32|bf16|q8_0|q4_0|q8_0+q4_0, --context N, --threads N, --sequences N, --unified 0|1, --flash on|auto|off
 #include <array>
 #include <chrono>
 #include <cmath>
+#include <ctime>
 #include <fstream>
 #include <iterator>
 
@@ -24,7 +25,7 @@ session_options options_of(const arguments& a) {
   o.type = a.text("type", "f16");
   o.flash = a.text("flash", "on");
   o.context = a.number("context", 8192);
-  o.threads = a.number("threads", 2);
+  o.threads = a.number("threads", 1);
   o.sequences = a.number("sequences", 1);
   o.unified = a.number("unified", 1) != 0;
   o.poll = a.number("poll", 50);
@@ -48,6 +49,13 @@ class text_source {
  private:
   std::string text_;
 };
+
+// What this process's threads have run for: on a shared machine, with one thread, what wall time would be alone.
+double ran() {
+  timespec t{};
+  clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
+  return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
+}
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
@@ -185,7 +193,7 @@ int prompts(const arguments& a) {
 int bench(const arguments& a) {
   session s(options_of(a));
   const text_source text(a.text("text", ""));
-  const int fill = a.number("fill", 4096), steps = a.number("steps", 32), sequences = a.number("sequences", 1);
+  const int fill = a.number("fill", 4096), steps = a.number("steps", 32), sequences = a.number("filled", 1);
   const std::string state = a.text("state", "");
   std::vector<std::uint8_t> bytes;
   if (std::ifstream in(state, std::ios::binary); !state.empty() && in) {
@@ -199,17 +207,30 @@ int bench(const arguments& a) {
           .write(reinterpret_cast<const char*>(bytes.data()), static_cast<std::streamsize>(bytes.size()));
     }
   }
-  std::vector<double> times;
-  for (int i = -2; i < steps; ++i) {  // the first two make what is made once
-    const double start = now();
+  // A context of --repeat times as many tokens whose keys and values are those of `fill` ones again and again, at positions of
+  // their own: in minutes less than by a prefill of them.
+  for (int r = 1; r < a.number("repeat", 1); ++r) {
+    if (r == 1) bytes = s.state_of(0);
+    s.load(bytes, 1);
+    llama_memory_seq_add(s.memory(), 1, 0, -1, r * fill);
+    llama_memory_seq_cp(s.memory(), 1, 0, -1, -1);
+    llama_memory_seq_rm(s.memory(), 1, -1, -1);
+  }
+  if (a.number("cut", 0) > 0) llama_memory_seq_rm(s.memory(), -1, a.number("cut", 0), -1);
+  std::vector<double> times, work;
+  double most = 0;  // of the first steps, which make what is made once
+  for (int i = -a.number("warm", 40); i < steps; ++i) {
+    const double start = now(), before = ran();
     for (int q = 0; q < sequences; ++q) s.add(text(s.next(q) + 1000 * q), s.next(q), q);
     s.decode();
     static_cast<void>(s.logits());
-    if (i >= 0) times.push_back(now() - start);
-    if (i == -2 && a.number("first", 0) != 0) std::printf("first %.3f ms\n", 1e3 * (now() - start));
+    if (i >= 0) times.push_back(now() - start), work.push_back(ran() - before);
+    if (i < 0) most = std::max(most, ran() - before);
   }
   std::sort(times.begin(), times.end());
-  std::printf("median %.3f ms, least %.3f\n", 1e3 * times[times.size() / 2], 1e3 * times[0]);
+  std::sort(work.begin(), work.end());
+  std::printf("the longest of %d first steps: %.3f ms of processor time; then a step: median %.3f ms, least %.3f; of processor time %.3f, least %.3f\n", a.number("warm", 40), 1e3 * most, 1e3 * times[times.size() / 2],
+              1e3 * times[0], 1e3 * work[work.size() / 2], 1e3 * work[0]);
   return 0;
 }
 
@@ -241,7 +262,7 @@ int events(const arguments& a) {
   o.watch = attention_watch::callback, o.watcher = &watch;
   session s(o);
   const text_source text(a.text("text", ""));
-  const int fill = a.number("fill", 2600), steps = a.number("steps", 200), sequences = o.sequences;
+  const int fill = a.number("fill", 5400), steps = a.number("steps", 200), sequences = o.sequences;
   const std::string only = a.text("only", "");
   std::uint64_t random = static_cast<std::uint64_t>(a.number("seed", 1));
   const auto below = [&](int n) {

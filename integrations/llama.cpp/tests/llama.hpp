@@ -40,7 +40,7 @@ class arguments {
 
 struct session_options {
   std::string libraries, model, type = "f16", flash = "on";
-  int context = 8192, threads = 2, sequences = 1, poll = 50;
+  int context = 8192, threads = 1, sequences = 1, poll = 50;
   bool unified = true;
   ggml_backend_sched_eval_callback watch = nullptr;
   void* watcher = nullptr;
@@ -77,7 +77,7 @@ class session {
     if (!context_) throw std::runtime_error("no context of this model");
     memory_ = llama_get_memory(context_);
     vocabulary_ = llama_vocab_n_tokens(llama_model_get_vocab(model_));
-    if (o.poll >= 0) {  // threads that stay, as llama-cli and llama-server have them
+    if (o.poll >= 0 && o.threads > 1) {  // threads that stay, as llama-cli and llama-server have them
       ggml_threadpool_params t = ggml_threadpool_params_default(o.threads);
       t.poll = static_cast<std::uint32_t>(o.poll);
       pool_ = reinterpret_cast<decltype(&ggml_threadpool_new)>(cpu_function("ggml_threadpool_new"))(&t);
