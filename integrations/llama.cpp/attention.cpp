@@ -47,7 +47,9 @@ void plain_attention(const attention_node& n, void (*decode_k)(const void*, floa
     for (index_t t = 0; t < n.queries(); ++t) {
       for (index_t h = 0; h < n.heads(); ++h) {
         const auto* q = reinterpret_cast<const float*>(at(n.q, t, h, s));
-        const auto* mask = n.mask.data ? reinterpret_cast<const std::uint16_t*>(at(n.mask, t, h % n.mask.ne[2], s % n.mask.ne[3])) : nullptr;
+        const auto* mask =
+            n.mask.data ? reinterpret_cast<const std::uint16_t*>(at(n.mask, t, h % n.mask.ne[2], s % n.mask.ne[3]))
+                        : nullptr;
         float top = none, weight = 0;
         std::fill(sum.begin(), sum.end(), 0.0f);
         const auto add = [&](float logit, bool value) {

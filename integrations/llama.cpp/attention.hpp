@@ -72,11 +72,11 @@ struct attention_node {
 /// What a step of one KV head needs besides: see vattention<index_policy>.
 struct verified_call {
   const vattn::config* settings;
-  const vattn::kv_index* index;    ///< of this KV head alone, by cell
-  vattn::index_memory* memory;     ///< of these query heads
-  vattn::draw_key key;             ///< first_head: its first query head
+  const vattn::kv_index* index;      ///< of this KV head alone, by cell
+  vattn::index_memory* memory;       ///< of these query heads
+  vattn::draw_key key;               ///< first_head: its first query head
   vattn::certificate* certificates;  ///< [heads]
-  vattn::auditor* audit;           ///< sees each head's output
+  vattn::auditor* audit;             ///< sees each head's output
 };
 
 /// The library's calls, compiled for one type of K and one of V. None allocates but the workspace and the index.

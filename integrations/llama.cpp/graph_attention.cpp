@@ -12,13 +12,13 @@ namespace {
 using clock = std::chrono::steady_clock;
 double since(clock::time_point start) { return std::chrono::duration<double>(clock::now() - start).count(); }
 
-constexpr index_t most_queries = 16;    // of a node: decode, several sequences, drafts; more is prefill
+constexpr index_t most_queries = 16;  // of a node: decode, several sequences, drafts; more is prefill
 constexpr index_t most_head_size = 1024;
-constexpr index_t least_cells = 512;    // below, a node takes microseconds, and ggml's own is as good
-constexpr index_t least_visible = 5120; // from here codes are faster than exact attention by our kernels
+constexpr index_t least_cells = 512;     // below, a node takes microseconds, and ggml's own is as good
+constexpr index_t least_visible = 5120;  // from here codes are faster than exact attention by our kernels
 constexpr index_t coding_steps = 24;     // over which the codes of a context are spread
 constexpr index_t unit_rows = 512;       // of which a layer's units are taken
-constexpr index_t most_parts = 4;       // of a KV head's query heads, where there are more threads than KV heads
+constexpr index_t most_parts = 4;        // of a KV head's query heads, where there are more threads than KV heads
 
 vattn::ggml_layout layout(const ggml_tensor* t) { return {t->data, t->ne, t->nb}; }
 
@@ -27,7 +27,9 @@ bool is_view(ggml_op op) {
          op == GGML_OP_TRANSPOSE;
 }
 const ggml_tensor* root_of(const ggml_tensor* t) { return t->view_src ? t->view_src : t; }
-bool is_cache(const ggml_tensor* t) { return std::strncmp(t->name, "cache_k", 7) == 0 || std::strncmp(t->name, "cache_v", 7) == 0; }
+bool is_cache(const ggml_tensor* t) {
+  return std::strncmp(t->name, "cache_k", 7) == 0 || std::strncmp(t->name, "cache_v", 7) == 0;
+}
 
 std::uint32_t layer_number(const ggml_tensor* cache) {
   const char* digits = std::strstr(cache->name, "_l");
@@ -37,7 +39,8 @@ std::uint32_t layer_number(const ggml_tensor* cache) {
 }  // namespace
 
 bool graph_attention::takes(const ggml_tensor* node, const kernels*& how) const noexcept {
-  const ggml_tensor *q = node->src[0], *k = node->src[1], *v = node->src[2], *mask = node->src[3], *sinks = node->src[4];
+  const ggml_tensor *q = node->src[0], *k = node->src[1], *v = node->src[2], *mask = node->src[3],
+                    *sinks = node->src[4];
   how = kernels_for(k->type, v->type);
   float bias;
   std::memcpy(&bias, reinterpret_cast<const char*>(node->op_params) + sizeof(float), sizeof bias);
@@ -83,9 +86,9 @@ void graph_attention::note_write(const ggml_tensor* node) {
   const ggml_tensor* rows = node->op == GGML_OP_SET_ROWS ? node->src[1] : nullptr;
   const auto offset = static_cast<const char*>(node->data) - static_cast<const char*>(root->data);
   const auto row_bytes = static_cast<std::ptrdiff_t>(root->nb[1]);
-  const bool known = rows && rows->type == GGML_TYPE_I64 && is_view(root_of(rows)->op) && rows->data && rows->ne[1] == 1 &&
-                     rows->ne[2] == 1 && rows->ne[3] == 1 && offset >= 0 && offset % row_bytes == 0 &&
-                     node->nb[1] == root->nb[1];
+  const bool known = rows && rows->type == GGML_TYPE_I64 && is_view(root_of(rows)->op) && rows->data &&
+                     rows->ne[1] == 1 && rows->ne[2] == 1 && rows->ne[3] == 1 && offset >= 0 &&
+                     offset % row_bytes == 0 && node->nb[1] == root->nb[1];
   if (!known) return layer->all_written();
   for (int64_t i = 0; i < rows->ne[0]; ++i) {
     int64_t row;
@@ -181,9 +184,10 @@ const sight& graph_attention::look(const attention_node& n, const ggml_tensor* m
       // Heads may have masks of their own: what one of them sees.
       const index_t masks = mask ? n.mask.ne[2] : 1;
       for (index_t h = 0; h < masks; ++h) {
-        const auto* values = mask ? reinterpret_cast<const std::uint16_t*>(static_cast<const char*>(n.mask.data) + t * n.mask.nb[1] +
-                                                                           h * n.mask.nb[2] + b % n.mask.ne[3] * n.mask.nb[3])
-                                  : nullptr;
+        const auto* values =
+            mask ? reinterpret_cast<const std::uint16_t*>(static_cast<const char*>(n.mask.data) + t * n.mask.nb[1] +
+                                                          h * n.mask.nb[2] + b % n.mask.ne[3] * n.mask.nb[3])
+                 : nullptr;
         index_t visible = 0, last = 0;
         std::uint16_t added = 0;
         for (index_t c = 0; c < s.cells; c += 64) {
@@ -213,8 +217,8 @@ const sight& graph_attention::look(const attention_node& n, const ggml_tensor* m
 }
 
 // Codes of the cells that are seen and whose rows were written since they were coded. Coding a cell takes as long as
-// attending some twenty exactly: it is spread over steps, in which attention is exact, so that no step takes longer than
-// ggml's own would. False: there is more to do.
+// attending some twenty exactly: it is spread over steps, in which attention is exact, so that no step takes longer
+// than ggml's own would. False: there is more to do.
 bool graph_attention::bring_up(call& c, const attention_node& n, const sight& s, team::executor_of_team& threads) {
   layer_cache& layer = *c.layer;
   const index_t kv_heads = n.kv_heads();
@@ -246,7 +250,8 @@ bool graph_attention::bring_up(call& c, const attention_node& n, const sight& s,
     if (visible < least_visible) continue;  // none of its queries will use codes: their turn comes
     const vattn::kv_index& first = layer.index(c.first_stream + b, 0);
     // Units are taken again where many keys do not fit them, and while few keys were known.
-    const bool misfit = missing == 0 && layer.step - layer.built > 1024 && 16 * (visible - first.codes(0).codes()) > visible;
+    const bool misfit =
+        missing == 0 && layer.step - layer.built > 1024 && 16 * (visible - first.codes(0).codes()) > visible;
     w.build = first.built_from() == 0 || misfit || layer.rows_at_build * 4 < w.last;
     if (w.build && builds_ > 0) {
       w.build = false, w.ready = false;  // a layer at a time
@@ -302,7 +307,8 @@ bool graph_attention::bring_up(call& c, const attention_node& n, const sight& s,
   bool ready = true, lost = false;
   for (index_t b = 0; b < s.streams; ++b) {
     work& w = work_of(b);
-    const auto mine = std::span(stale).subspan(static_cast<std::size_t>(b * kv_heads), static_cast<std::size_t>(kv_heads));
+    const auto mine =
+        std::span(stale).subspan(static_cast<std::size_t>(b * kv_heads), static_cast<std::size_t>(kv_heads));
     w.stale = std::any_of(mine.begin(), mine.end(), [](std::uint8_t x) { return x != 0; });
     lost = lost || w.stale;
     ready = ready && w.ready && !w.stale;
@@ -346,7 +352,8 @@ bool graph_attention::verify(call& c, const attention_node& n, const sight& s, t
   if (static_cast<index_t>(layer.memory.size()) < memories) layer.memory.resize(static_cast<std::size_t>(memories));
   certificates_.resize(static_cast<std::size_t>(slots * heads));
   statuses_.assign(static_cast<std::size_t>(memories), {});
-  if (own_.size() < static_cast<std::size_t>(threads.workers())) own_.resize(static_cast<std::size_t>(threads.workers()));
+  if (own_.size() < static_cast<std::size_t>(threads.workers()))
+    own_.resize(static_cast<std::size_t>(threads.workers()));
   index_t last = 0;
   for (const sight::line& l : s.lines) last = std::max(last, l.last);
   // Room for a while, so that a growing context does not ask for more at every step.

@@ -71,12 +71,12 @@ class graph_attention {
   vattn::config config_;
   std::vector<std::unique_ptr<call>> calls_;  // kept from graph to graph
   std::size_t used_ = 0;
-  int builds_ = 0;  // layers whose units were taken in this graph
+  int builds_ = 0;                  // layers whose units were taken in this graph
   std::vector<layer_cache*> late_;  // written after they were attended
   std::vector<sight> sights_;
   std::size_t seen_ = 0;
-  vattn::workspace shared_;                 // of exact calls
-  std::vector<vattn::workspace> own_;       // [threads], of verified ones
+  vattn::workspace shared_;            // of exact calls
+  std::vector<vattn::workspace> own_;  // [threads], of verified ones
   std::vector<vattn::certificate> certificates_;
   std::vector<vattn::status> statuses_;
 };

@@ -85,10 +85,10 @@ bool host::check_tensors(std::string& problem) const {
   const struct {
     ggml_op op;
     const char* name;
-  } ops[] = {{GGML_OP_NONE, "NONE"},       {GGML_OP_VIEW, "VIEW"},
-             {GGML_OP_RESHAPE, "RESHAPE"}, {GGML_OP_PERMUTE, "PERMUTE"},
+  } ops[] = {{GGML_OP_NONE, "NONE"},           {GGML_OP_VIEW, "VIEW"},
+             {GGML_OP_RESHAPE, "RESHAPE"},     {GGML_OP_PERMUTE, "PERMUTE"},
              {GGML_OP_TRANSPOSE, "TRANSPOSE"}, {GGML_OP_SET_ROWS, "SET_ROWS"},
-             {GGML_OP_CUSTOM, "CUSTOM"},   {GGML_OP_FLASH_ATTN_EXT, "FLASH_ATTN_EXT"}};
+             {GGML_OP_CUSTOM, "CUSTOM"},       {GGML_OP_FLASH_ATTN_EXT, "FLASH_ATTN_EXT"}};
   for (const auto& o : ops) {
     if (std::strcmp(op_name(o.op), o.name) != 0) return differs("numbering of operations");
   }
@@ -168,7 +168,8 @@ bool host::check_backend(std::string& problem) const {
     return false;
   }
   const bool runs = backend->device == device && backend->device == backend_device_(backend) &&
-                    backend->iface.get_name && std::strcmp(backend->iface.get_name(backend), backend_name_(backend)) == 0 &&
+                    backend->iface.get_name &&
+                    std::strcmp(backend->iface.get_name(backend), backend_name_(backend)) == 0 &&
                     backend->iface.graph_compute && backend->iface.free;
   backend_free_(backend);
   return runs || differs("table of a backend");

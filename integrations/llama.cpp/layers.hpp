@@ -68,13 +68,13 @@ class layer_cache {
   const void *k_data, *v_data;
   const ggml_backend_buffer *k_buffer, *v_buffer;
   index_t kv_heads, cells, streams;
-  std::vector<vattn::kv_index> indices;        // [streams, kv_heads], of one KV head each
-  std::vector<cell_set> current;               // [streams]
-  std::vector<vattn::index_memory> memory;     // [slots, kv_heads, parts]
+  std::vector<vattn::kv_index> indices;           // [streams, kv_heads], of one KV head each
+  std::vector<cell_set> current;                  // [streams]
+  std::vector<vattn::index_memory> memory;        // [slots, kv_heads, parts]
   std::vector<std::vector<std::int32_t>> coding;  // [streams]: cells to be coded before a call
   std::uint32_t step = 0, built = 0;              // calls; and when units were taken last
-  std::uint64_t random = 0x9E3779B97F4A7C15u;  // of cells whose codes are checked
-  index_t rows_at_build = 0;                   // cells of which units were taken
+  std::uint64_t random = 0x9E3779B97F4A7C15u;     // of cells whose codes are checked
+  index_t rows_at_build = 0;                      // cells of which units were taken
 };
 
 /// All layers of the process's caches, by their tensors. Buffers that hold one are watched: what writes to them without

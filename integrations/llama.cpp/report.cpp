@@ -95,10 +95,10 @@ std::string report::text() {
   for (std::size_t i = 0; i < layers_.size(); ++i) {
     if (!layers_[i] || layers_[i]->verified == 0) continue;
     const layer_counts& l = *layers_[i];
-    out += format("vattn: layer %zu: calls %llu, rows read %.2f %%, in full %.2f %%", i,
-                  static_cast<number>(l.verified),
-                  100 * share(static_cast<double>(l.rows_read), static_cast<double>(l.rows)),
-                  100 * share(static_cast<double>(l.dense), static_cast<double>(l.heads)));
+    out +=
+        format("vattn: layer %zu: calls %llu, rows read %.2f %%, in full %.2f %%", i, static_cast<number>(l.verified),
+               100 * share(static_cast<double>(l.rows_read), static_cast<double>(l.rows)),
+               100 * share(static_cast<double>(l.dense), static_cast<double>(l.heads)));
     if (settings_.audit > 0) out += "; audit: " + l.audit.report().text();
     out += "\n";
   }

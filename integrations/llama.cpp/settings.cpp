@@ -78,10 +78,11 @@ bool read_settings(settings& to, std::string& problem) {
 std::string promise_of(const settings& s) {
   if (s.mode == run_mode::exact) return "exact attention of decode steps by vattn's kernels";
   char line[240];
-  std::snprintf(line, sizeof line,
-                "verified sparse attention of decode steps: each head's output within %g of its length with probability "
-                "%g (asymptotic bound); VATTN_MODE=exact for exact attention",
-                s.epsilon, 1 - s.delta);
+  std::snprintf(
+      line, sizeof line,
+      "verified sparse attention of decode steps: each head's output within %g of its length with probability "
+      "%g (asymptotic bound); VATTN_MODE=exact for exact attention",
+      s.epsilon, 1 - s.delta);
   return line;
 }
 

@@ -3,9 +3,11 @@
 //   driver logits  ... --text FILE --count N --batch B --out F all logits of the first N bytes, B at a time
 //   driver greedy  ... --text FILE --prompt N --count M        M bytes after N, each the likeliest
 //   driver prompts ... --prompts FILE --length N --limit L     questions of prompts.jsonl, how many are answered
-//   driver bench   ... --text FILE --fill N --steps M          decode speed at N tokens (--filled S: sequences of N each)
-//   driver events  ... --steps N --seed S                      random events in a cache, attention checked in double
-// Common: --type f16|f32|bf16|q8_0|q4_0|q8_0+q4_0, --context N, --threads N, --sequences N, --unified 0|1, --flash on|auto|off
+//   driver bench   ... --text FILE --fill N --steps M          decode speed at N tokens (--filled S: sequences of N
+//   each) driver events  ... --steps N --seed S                      random events in a cache, attention checked in
+//   double
+// Common: --type f16|f32|bf16|q8_0|q4_0|q8_0+q4_0, --context N, --threads N, --sequences N, --unified 0|1, --flash
+// on|auto|off
 #include <array>
 #include <chrono>
 #include <cmath>
@@ -83,7 +85,8 @@ int all_logits(const arguments& a) {
     for (int j = i; j < std::min(skip + count, i + each); ++j) s.add(text(j), j, 0);
     s.decode();
     for (int j = 0; j < std::min(each, skip + count - i); ++j)
-      out.write(reinterpret_cast<const char*>(s.logits(j)), static_cast<std::streamsize>(sizeof(float)) * s.vocabulary());
+      out.write(reinterpret_cast<const char*>(s.logits(j)),
+                static_cast<std::streamsize>(sizeof(float)) * s.vocabulary());
   }
   return 0;
 }
@@ -207,8 +210,8 @@ int bench(const arguments& a) {
           .write(reinterpret_cast<const char*>(bytes.data()), static_cast<std::streamsize>(bytes.size()));
     }
   }
-  // A context of --repeat times as many tokens whose keys and values are those of `fill` ones again and again, at positions of
-  // their own: in minutes less than by a prefill of them.
+  // A context of --repeat times as many tokens whose keys and values are those of `fill` ones again and again, at
+  // positions of their own: in minutes less than by a prefill of them.
   for (int r = 1; r < a.number("repeat", 1); ++r) {
     if (r == 1) bytes = s.state_of(0);
     s.load(bytes, 1);
@@ -229,8 +232,11 @@ int bench(const arguments& a) {
   }
   std::sort(times.begin(), times.end());
   std::sort(work.begin(), work.end());
-  std::printf("the longest of %d first steps: %.3f ms of processor time; then a step: median %.3f ms, least %.3f; of processor time %.3f, least %.3f\n", a.number("warm", 40), 1e3 * most, 1e3 * times[times.size() / 2],
-              1e3 * times[0], 1e3 * work[work.size() / 2], 1e3 * work[0]);
+  std::printf(
+      "the longest of %d first steps: %.3f ms of processor time; then a step: median %.3f ms, least %.3f; of processor "
+      "time %.3f, least %.3f\n",
+      a.number("warm", 40), 1e3 * most, 1e3 * times[times.size() / 2], 1e3 * times[0], 1e3 * work[work.size() / 2],
+      1e3 * work[0]);
   return 0;
 }
 
@@ -286,10 +292,13 @@ int events(const arguments& a) {
   refill(0);
   std::string last = "start";
   long settled = 0;  // memory, a quarter into the run
-  const std::vector<std::string> kinds{"step",   "steps",  "draft", "batch", "remove_middle", "remove_tail", "copy",
-                                       "shift",  "save",   "load",  "save_sequence", "load_sequence", "clear", "prefill"};
+  const std::vector<std::string> kinds{"step",          "steps",         "draft", "batch",  "remove_middle",
+                                       "remove_tail",   "copy",          "shift", "save",   "load",
+                                       "save_sequence", "load_sequence", "clear", "prefill"};
   for (; served < steps; ++served) {
-    const std::string kind = !only.empty() && below(3) == 0 ? only : below(2) == 0 ? "step" : kinds[static_cast<std::size_t>(below(static_cast<int>(kinds.size())))];
+    const std::string kind = !only.empty() && below(3) == 0 ? only
+                             : below(2) == 0                ? "step"
+                                             : kinds[static_cast<std::size_t>(below(static_cast<int>(kinds.size())))];
     if (served == steps / 4) settled = resident();
     const int q = below(sequences), n = s.next(q);
     const auto before = std::array{watch.checked, watch.rough, watch.violations};

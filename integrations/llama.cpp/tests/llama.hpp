@@ -129,7 +129,8 @@ class session {
     return bytes;
   }
   void load(const std::vector<std::uint8_t>& bytes) {
-    if (llama_state_set_data(context_, bytes.data(), bytes.size()) == 0) throw std::runtime_error("the state does not load");
+    if (llama_state_set_data(context_, bytes.data(), bytes.size()) == 0)
+      throw std::runtime_error("the state does not load");
   }
   [[nodiscard]] std::vector<std::uint8_t> state_of(int sequence) const {
     std::vector<std::uint8_t> bytes(llama_state_seq_get_size(context_, sequence));

@@ -15,7 +15,8 @@
 class attention_watch {
  public:
   /// Of a node's outputs, about one in `one_in` is checked. `rounding`: error of exact attention at most.
-  attention_watch(int one_in, double epsilon, double rounding) : one_in_(one_in), epsilon_(epsilon), rounding_(rounding) {}
+  attention_watch(int one_in, double epsilon, double rounding)
+      : one_in_(one_in), epsilon_(epsilon), rounding_(rounding) {}
 
   static bool callback(ggml_tensor* node, bool ask, void* user) {
     auto& watch = *static_cast<attention_watch*>(user);
@@ -61,7 +62,8 @@ class attention_watch {
           random_ = random_ * 6364136223846793005u + 1442695040888963407u;
           if ((random_ >> 33) % static_cast<std::uint64_t>(one_in_) != 0) continue;
           const auto* query = reinterpret_cast<const float*>(at(q, t, h, s));
-          const auto* hides = mask ? reinterpret_cast<const ggml_fp16_t*>(at(mask, t, h % mask->ne[2], s % mask->ne[3])) : nullptr;
+          const auto* hides =
+              mask ? reinterpret_cast<const ggml_fp16_t*>(at(mask, t, h % mask->ne[2], s % mask->ne[3])) : nullptr;
           logits.assign(static_cast<std::size_t>(k->ne[1]), -std::numeric_limits<double>::infinity());
           double top = -std::numeric_limits<double>::infinity(), weight = 0;
           for (int64_t c = 0; c < k->ne[1]; ++c) {
@@ -69,7 +71,8 @@ class attention_watch {
             if (std::isinf(bias)) continue;
             row(k, c, h / group, s, key);
             double dot = 0;
-            for (std::size_t j = 0; j < key.size(); ++j) dot += static_cast<double>(query[j]) * static_cast<double>(key[j]);
+            for (std::size_t j = 0; j < key.size(); ++j)
+              dot += static_cast<double>(query[j]) * static_cast<double>(key[j]);
             dot *= static_cast<double>(scale);
             if (cap > 0) dot = static_cast<double>(cap) * std::tanh(dot / static_cast<double>(cap));
             logits[static_cast<std::size_t>(c)] = dot + bias;
