@@ -79,7 +79,17 @@ int all_logits(const arguments& a) {
   session s(options_of(a));
   const text_source text(a.text("text", ""));
   const int count = a.number("count", 512), each = a.number("batch", 1), skip = a.number("skip", 0);
-  if (skip > 0) s.prefill(text, skip, 0);
+  const std::string state = a.text("state", "");
+  if (std::ifstream in(state, std::ios::binary); !state.empty() && in) {
+    s.load(std::vector<std::uint8_t>(std::istreambuf_iterator<char>(in), {}));
+  } else if (skip > 0) {
+    s.prefill(text, skip, 0);
+    if (!state.empty()) {
+      const std::vector<std::uint8_t> bytes = s.state();
+      std::ofstream(state, std::ios::binary)
+          .write(reinterpret_cast<const char*>(bytes.data()), static_cast<std::streamsize>(bytes.size()));
+    }
+  }
   std::ofstream out(a.text("out", "logits.bin"), std::ios::binary);
   for (int i = skip; i < skip + count; i += each) {
     for (int j = i; j < std::min(skip + count, i + each); ++j) s.add(text(j), j, 0);
@@ -196,14 +206,15 @@ int prompts(const arguments& a) {
 int bench(const arguments& a) {
   session s(options_of(a));
   const text_source text(a.text("text", ""));
-  const int fill = a.number("fill", 4096), steps = a.number("steps", 32), sequences = a.number("filled", 1);
+  const int fill = a.number("fill", 4096), steps = a.number("steps", 32), filled = a.number("filled", 1);
+  const int sequences = std::max(filled, a.number("copies", 1));
   const std::string state = a.text("state", "");
   std::vector<std::uint8_t> bytes;
   if (std::ifstream in(state, std::ios::binary); !state.empty() && in) {
     bytes.assign(std::istreambuf_iterator<char>(in), {});
     s.load(bytes);
   } else {
-    for (int q = 0; q < sequences; ++q) s.prefill([&](int i) { return text(i + 1000 * q); }, fill, q);
+    for (int q = 0; q < filled; ++q) s.prefill([&](int i) { return text(i + 1000 * q); }, fill, q);
     if (!state.empty()) {
       bytes = s.state();
       std::ofstream(state, std::ios::binary)
@@ -218,6 +229,9 @@ int bench(const arguments& a) {
     llama_memory_seq_add(s.memory(), 1, 0, -1, r * fill);
     llama_memory_seq_cp(s.memory(), 1, 0, -1, -1);
     llama_memory_seq_rm(s.memory(), 1, -1, -1);
+  }
+  for (int q = 1; q < a.number("copies", 1); ++q) {  // sequences of the same, each in cells of its own
+    s.load(s.state_of(0), q);
   }
   if (a.number("cut", 0) > 0) llama_memory_seq_rm(s.memory(), -1, a.number("cut", 0), -1);
   std::vector<double> times, work;
