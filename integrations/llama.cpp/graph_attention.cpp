@@ -52,15 +52,19 @@ bool graph_attention::takes(const ggml_tensor* node, const kernels*& how) const 
                       q->nb[0] == sizeof(float) && (!mask || (mask->nb[0] == 2 && mask->ne[1] >= q->ne[1])) &&
                       (!mask || mask->ne[0] >= k->ne[1]) && (!sinks || sinks->nb[0] == sizeof(float));
   // ALiBi, and values that are a view of the keys (MLA), are ggml's.
-  return types && shapes && bias == 0 && root_of(k) != root_of(v);
+  if (!types || !shapes || bias != 0 || root_of(k) == root_of(v)) return false;
+  // Rows of q4_0 are decoded one by one, which takes exact attention a fifth longer than ggml's: codes are worth it.
+  const bool decoded = k->type == GGML_TYPE_Q4_0 || v->type == GGML_TYPE_Q4_0;
+  return !decoded || (settings_.mode == run_mode::verified && k->ne[1] >= least_visible && is_cache(root_of(k)));
 }
 
 void graph_attention::take(ggml_tensor* node, const kernels* how) {
   if (used_ == calls_.size()) calls_.push_back(std::make_unique<call>());
-  call& c = *calls_[used_++];
+  call& c = *calls_[used_];
   const ggml_tensor *k = node->src[1], *v = node->src[2];
   c.owner = this, c.node = node, c.how = how;
   c.layer = nullptr;
+  c.late = false;
   c.counts = &report::instance().layer(layer_number(root_of(k)));
   if (settings_.mode == run_mode::verified && k->view_src && v->view_src && is_cache(k->view_src) &&
       is_cache(v->view_src) && k->ne[1] >= least_visible) {
@@ -68,6 +72,7 @@ void graph_attention::take(ggml_tensor* node, const kernels* how) {
     if (c.layer) c.first_stream = c.layer->first_stream(k, v);
     if (c.layer && c.first_stream < 0) c.layer = nullptr;
   }
+  ++used_;
   std::memcpy(c.parameters.data(), node->op_params, sizeof node->op_params);
   c.threads.reset();
   const custom_parameters custom{run, GGML_N_TASKS_MAX, &c};
@@ -81,7 +86,10 @@ void graph_attention::note_write(const ggml_tensor* node) {
   layer_cache* layer = layer_registry::instance().find(root);
   if (!layer) return;
   for (std::size_t i = 0; i < used_; ++i) {
-    if (calls_[i]->layer == layer) return late_.push_back(layer);
+    if (calls_[i]->layer == layer) {
+      calls_[i]->late = true;
+      return;
+    }
   }
   const ggml_tensor* rows = node->op == GGML_OP_SET_ROWS ? node->src[1] : nullptr;
   const auto offset = static_cast<const char*>(node->data) - static_cast<const char*>(root->data);
@@ -100,14 +108,17 @@ void graph_attention::note_write(const ggml_tensor* node) {
 void graph_attention::before(ggml_cgraph* graph) noexcept {
   used_ = seen_ = 0;
   builds_ = 0;
-  late_.clear();
   report::instance().write_if_asked();
   const int n = ggml_.n_nodes(graph);
   for (int i = 0; i < n; ++i) {
     ggml_tensor* node = ggml_.node(graph, i);
     if (node->view_src && !is_view(node->op)) note_write(node);
     const kernels* how = nullptr;
-    if (node->op == GGML_OP_FLASH_ATTN_EXT && takes(node, how)) take(node, how);
+    if (node->op != GGML_OP_FLASH_ATTN_EXT || !takes(node, how)) continue;
+    try {
+      take(node, how);
+    } catch (...) {  // no memory: the node stays ggml's
+    }
   }
 }
 
@@ -116,8 +127,8 @@ void graph_attention::after() noexcept {
     call& c = *calls_[i];
     c.node->op = GGML_OP_FLASH_ATTN_EXT;
     std::memcpy(c.node->op_params, c.parameters.data(), sizeof c.node->op_params);
+    if (c.late) c.layer->all_written();
   }
-  for (layer_cache* layer : late_) layer->all_written();
 }
 
 void graph_attention::run(ggml_tensor*, int ith, int nth, void* user) {

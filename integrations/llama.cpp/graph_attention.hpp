@@ -50,6 +50,7 @@ class graph_attention {
     layer_cache* layer = nullptr;  // null: exact only
     layer_counts* counts = nullptr;
     index_t first_stream = 0;
+    bool late = false;  // the layer is written after it is attended
     std::array<std::int32_t, GGML_MAX_OP_PARAMS / sizeof(std::int32_t)> parameters{};
     team threads;
   };
@@ -71,8 +72,7 @@ class graph_attention {
   vattn::config config_;
   std::vector<std::unique_ptr<call>> calls_;  // kept from graph to graph
   std::size_t used_ = 0;
-  int builds_ = 0;                  // layers whose units were taken in this graph
-  std::vector<layer_cache*> late_;  // written after they were attended
+  int builds_ = 0;  // layers whose units were taken in this graph
   std::vector<sight> sights_;
   std::size_t seen_ = 0;
   vattn::workspace shared_;            // of exact calls
