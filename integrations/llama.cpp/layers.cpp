@@ -19,7 +19,7 @@ layer_cache::layer_cache(const ggml_tensor* k_tensor, const ggml_tensor* v_tenso
   for (index_t s = 0; s < streams; ++s) {
     for (index_t h = 0; h < kv_heads; ++h)
       indices.emplace_back(
-          vattn::index_shape{.n_kv_heads = 1, .dk = dk, .dv = dv, .seed = static_cast<std::uint64_t>(h)});
+          vattn::index_shape{.n_kv_heads = 1, .dk = dk, .dv = dv, .bits = 2, .seed = static_cast<std::uint64_t>(h)});
   }
   current.resize(static_cast<std::size_t>(streams));
   for (cell_set& s : current) s.resize(cells);
