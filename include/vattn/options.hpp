@@ -33,12 +33,20 @@ class mask_view {
       if (half_) return kernel::half_to_float(*reinterpret_cast<const std::uint16_t*>(at));
       return *reinterpret_cast<const float*>(at);
     }
+    /// Whether it removes the token.
+    [[nodiscard]] bool hides(index_t token) const noexcept {
+      const std::byte* at = first_ + token * stride_;
+      if (half_) return *reinterpret_cast<const std::uint16_t*>(at) == 0xFC00;
+      return *reinterpret_cast<const float*>(at) == -std::numeric_limits<float>::infinity();
+    }
+    /// Whether it may add anything to the logits of what it leaves.
+    [[nodiscard]] bool adds() const noexcept { return first_ != nullptr && !only_hides_; }
 
    private:
     friend class mask_view;
     const std::byte* first_ = nullptr;
     index_t stride_ = 0;
-    bool half_ = false;
+    bool half_ = false, only_hides_ = false;
   };
 
   [[nodiscard]] explicit operator bool() const noexcept { return data_ != nullptr; }
@@ -48,19 +56,26 @@ class mask_view {
   [[nodiscard]] std::size_t element_bytes() const noexcept { return half_ ? sizeof(Eigen::half) : sizeof(float); }
   /// Heads see the same mask: none at all, or one that repeats.
   [[nodiscard]] bool same_for_heads() const noexcept { return data_ == nullptr || strides_[1] == 0; }
+  /// The same, where the caller knows that every value is 0 or −inf: spares each logit a look at its value.
+  [[nodiscard]] mask_view only_hiding() const noexcept {
+    mask_view copy = *this;
+    copy.only_hides_ = true;
+    return copy;
+  }
   [[nodiscard]] line at(index_t batch, index_t head, index_t query) const noexcept {
     line l;
     if (data_ == nullptr) return l;
     l.first_ = data_ + batch * strides_[0] + head * strides_[1] + query * strides_[2];
     l.stride_ = strides_[3];
     l.half_ = half_;
+    l.only_hides_ = only_hides_;
     return l;
   }
 
  private:
   const std::byte* data_ = nullptr;
   std::array<index_t, 4> extents_{}, strides_{};
-  bool half_ = false;
+  bool half_ = false, only_hides_ = false;
 };
 
 /// Positions of cells, where a cell's index is not its token's position: caches that recycle cells or hold several

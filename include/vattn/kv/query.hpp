@@ -47,12 +47,12 @@ struct query_row {
   }
 
   /// Whether `transform` does anything.
-  [[nodiscard]] bool transforms() const noexcept { return softcap > 0 || mask || alibi_slope != 0; }
+  [[nodiscard]] bool transforms() const noexcept { return softcap > 0 || mask.adds() || alibi_slope != 0; }
 
   /// Cap, mask and position bias of a scaled product; increasing in `s`, so it maps bounds to bounds.
   [[nodiscard]] float transform(float s, index_t token) const noexcept {
     if (softcap > 0) s = softcap * std::tanh(s / softcap);
-    if (mask) s += mask(token);
+    if (mask.adds()) s += mask(token);
     if (alibi_slope != 0)
       s += alibi_slope * static_cast<float>((positions ? index_t{positions(token)} : token) - position);
     return s;
@@ -75,11 +75,14 @@ class population {
     if (!mask) return;
     std::size_t kept = 0;
     for (index_t token = first; token < last; ++token) {
-      if (mask(token) != -std::numeric_limits<float>::infinity()) storage[kept++] = static_cast<ordinal>(token);
+      storage[kept] = static_cast<ordinal>(token);
+      kept += mask.hides(token) ? 0u : 1u;
     }
-    if (static_cast<index_t>(kept) == size_) return;
     size_ = static_cast<index_t>(kept);
-    list_ = storage.data();
+    if (kept == 0) return;
+    first_ = index_t{storage[0]};
+    // What is left may be a range all the same: a sequence's cells among those of others.
+    if (index_t{storage[kept - 1]} - first_ + 1 != size_) list_ = storage.data();
   }
 
   /// The tokens of `list`, the sinks in front and the window at the end.
@@ -150,7 +153,7 @@ struct position_range {
   for (index_t c = 0; c < n; ++c) {
     const std::int32_t position = positions(c);
     if (position < range.first || position > range.last) continue;  // an empty cell is at −1
-    if (mask && mask(c) == -std::numeric_limits<float>::infinity()) continue;
+    if (mask && mask.hides(c)) continue;
     ordered &= position >= previous;
     previous = position;
     storage[kept++] = static_cast<ordinal>(c);

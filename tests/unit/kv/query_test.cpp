@@ -82,6 +82,14 @@ TEST_CASE("a population is a range, or the list that a mask leaves", "[kv][query
   CHECK(unaffected.size() == 2);
   CHECK(unaffected[1] == 5);
   CHECK(population(0, 8, vattn::mask_view().at(0, 0, 0), {}).size() == 8);
+
+  // What a mask leaves may be a range all the same.
+  CHECK_FALSE(masked.contiguous());
+  const population run(3, 6, view.at(0, 0, 0), storage);
+  CHECK(run.contiguous());
+  CHECK(run.size() == 2);
+  CHECK(run[0] == 4);
+  CHECK(run[1] == 5);
 }
 
 TEST_CASE("masks of floats and of halves, with broadcast axes", "[kv][query]") {
@@ -98,6 +106,14 @@ TEST_CASE("masks of floats and of halves, with broadcast axes", "[kv][query]") {
     }
   }
   CHECK_FALSE(vattn::mask_view());
+  for (const vattn::mask_view& view : {floats, halves}) {
+    CHECK(view.at(0, 0, 1).hides(0));
+    CHECK_FALSE(view.at(0, 0, 0).hides(2));
+    CHECK(view.at(0, 0, 0).adds());
+    CHECK_FALSE(view.only_hiding().at(0, 0, 0).adds());
+    CHECK(view.only_hiding().at(0, 0, 1).hides(0));
+  }
+  CHECK_FALSE(vattn::mask_view().at(0, 0, 0).adds());
 }
 
 TEST_CASE("a logit is cap·tanh(scale·qk/cap), then the mask, then ALiBi", "[kv][query]") {
@@ -110,6 +126,11 @@ TEST_CASE("a logit is cap·tanh(scale·qk/cap), then the mask, then ALiBi", "[kv
   CHECK_THAT(static_cast<double>(row.logit(1)), WithinRel(plain, 1e-6));
   row.softcap = 2;
   CHECK_THAT(static_cast<double>(row.logit(1)), WithinRel(2 * std::tanh(plain / 2), 1e-6));
+  row.mask = view.only_hiding().at(0, 0, 0);  // nothing is added, nor is it looked at
+  CHECK_THAT(static_cast<double>(row.logit(1)), WithinRel(2 * std::tanh(plain / 2), 1e-6));
+  row.softcap = 0;
+  CHECK_FALSE(row.transforms());
+  row.softcap = 2;
   row.mask = view.at(0, 0, 0);
   CHECK_THAT(static_cast<double>(row.logit(1)), WithinRel(2 * std::tanh(plain / 2) - 1.5, 1e-6));
   row.alibi_slope = 0.125f;

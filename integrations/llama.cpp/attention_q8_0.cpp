@@ -1,0 +1,6 @@
+#include "attention_of.hpp"
+
+namespace vattn_ggml {
+extern const kernels attention_q8_0;
+const kernels attention_q8_0 = attention_of<vattn::kernel::q8_0_block, vattn::kernel::q8_0_block>::table;
+}  // namespace vattn_ggml
