@@ -11,7 +11,7 @@
 
 #include "support/npy.hpp"
 #include "support/regimes.hpp"
-#include "vattn/runtime/pages.hpp"
+#include "vattn/base/pages.hpp"
 #include "vattn/vattn.hpp"
 
 namespace vattn::bench {

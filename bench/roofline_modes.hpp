@@ -12,8 +12,8 @@
 #include <vector>
 
 #include "roofline_cache.hpp"
+#include "vattn/base/thread_pool.hpp"
 #include "vattn/kernel/row.hpp"
-#include "vattn/runtime/thread_pool.hpp"
 
 namespace vattn::bench {
 

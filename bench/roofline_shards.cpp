@@ -15,9 +15,9 @@
 #include "common/ranks.hpp"
 #include "roofline_cache.hpp"
 #include "support/atomic_file.hpp"
+#include "vattn/base/thread_pool.hpp"
 #include "vattn/dist/merge.hpp"
 #include "vattn/dist/sharded_attention.hpp"
-#include "vattn/runtime/thread_pool.hpp"
 
 namespace {
 

@@ -12,9 +12,9 @@
 #include "common/ranks.hpp"
 #include "common/reference.hpp"
 #include "roofline_cache.hpp"
+#include "vattn/base/thread_pool.hpp"
 #include "vattn/dist/merge.hpp"
 #include "vattn/dist/sharded_attention.hpp"
-#include "vattn/runtime/thread_pool.hpp"
 
 namespace vattn::examples {
 namespace {

@@ -10,7 +10,7 @@
 
 #include "common/value_norms.hpp"
 #include "llama/config.hpp"
-#include "vattn/runtime/pages.hpp"
+#include "vattn/base/pages.hpp"
 #include "vattn/vattn.hpp"
 
 namespace vattn::llama {

@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "support/safetensors.hpp"
-#include "vattn/config.hpp"
+#include "vattn/base/config.hpp"
 
 namespace vattn::llama {
 

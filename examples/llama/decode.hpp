@@ -11,7 +11,7 @@
 #include "llama/attention.hpp"
 #include "llama/model.hpp"
 #include "llama/prefill.hpp"
-#include "vattn/runtime/thread_pool.hpp"
+#include "vattn/base/thread_pool.hpp"
 
 namespace vattn::llama {
 

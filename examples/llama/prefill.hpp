@@ -10,7 +10,7 @@
 #include "llama/cache.hpp"
 #include "llama/model.hpp"
 #include "support/progress.hpp"
-#include "vattn/runtime/thread_pool.hpp"
+#include "vattn/base/thread_pool.hpp"
 
 namespace vattn::llama {
 

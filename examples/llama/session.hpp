@@ -10,11 +10,11 @@
 
 #include "llama/decode.hpp"
 #include "support/atomic_file.hpp"
-#include "vattn/runtime/archive.hpp"
+#include "vattn/base/archive.hpp"
 
 namespace vattn::llama {
 
-/// What is saved of a prefill. archivable: vattn/runtime/archive.hpp.
+/// What is saved of a prefill. archivable: vattn/base/archive.hpp.
 struct saved_prefill {
   std::uint64_t model = 0, tokens = 0;  // fingerprints
   std::uint64_t type = 0, layers = 0, n = 0;

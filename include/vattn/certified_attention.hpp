@@ -8,12 +8,12 @@
 #include <span>
 
 #include "vattn/budget/norm_bound.hpp"
+#include "vattn/call/call.hpp"
+#include "vattn/certify/certify.hpp"
 #include "vattn/estimate/exact.hpp"
 #include "vattn/exact_attention.hpp"
-#include "vattn/runtime/call.hpp"
 #include "vattn/sample/importance.hpp"
 #include "vattn/select/selector.hpp"
-#include "vattn/stats/certify.hpp"
 
 namespace vattn::VATTN_ABI {
 

@@ -5,10 +5,10 @@
 #include <atomic>
 #include <memory>
 
-#include "vattn/certify/certificate.hpp"
+#include "vattn/call/call.hpp"
+#include "vattn/certificate.hpp"
 #include "vattn/estimate/exact.hpp"
 #include "vattn/estimate/group.hpp"
-#include "vattn/runtime/call.hpp"
 
 namespace vattn::VATTN_ABI {
 

@@ -8,9 +8,9 @@
 #include <span>
 #include <utility>
 
+#include "vattn/call/call.hpp"
 #include "vattn/dense_attention.hpp"
 #include "vattn/estimate/exact.hpp"
-#include "vattn/runtime/call.hpp"
 
 namespace vattn::VATTN_ABI {
 

@@ -8,14 +8,14 @@
 #include <limits>
 #include <span>
 
+#include "vattn/call/call.hpp"
+#include "vattn/certify/certify.hpp"
 #include "vattn/estimate/exact.hpp"
 #include "vattn/estimate/weighted.hpp"
 #include "vattn/exact_attention.hpp"
-#include "vattn/runtime/call.hpp"
 #include "vattn/sample/importance.hpp"
 #include "vattn/select/score_check.hpp"
 #include "vattn/select/selector.hpp"
-#include "vattn/stats/certify.hpp"
 
 namespace vattn::VATTN_ABI {
 

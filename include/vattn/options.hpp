@@ -4,9 +4,9 @@
 
 #include <limits>
 
-#include "vattn/config.hpp"
+#include "vattn/base/config.hpp"
+#include "vattn/base/tensor.hpp"
 #include "vattn/kernel/row.hpp"
-#include "vattn/tensor.hpp"
 
 namespace vattn::VATTN_ABI {
 

@@ -4,12 +4,12 @@
 
 #include "vattn/budget/output.hpp"
 #include "vattn/budget/targets.hpp"
-#include "vattn/configuration.hpp"
 #include "vattn/index/index_attention.hpp"
 #include "vattn/sample/importance.hpp"
 #include "vattn/sample/uniform.hpp"
 #include "vattn/select/index.hpp"
 #include "vattn/select/selector.hpp"
+#include "vattn/settings.hpp"
 
 namespace vattn::VATTN_ABI {
 

@@ -11,7 +11,7 @@
 #include "vattn/importance_attention.hpp"
 #include "vattn/policy.hpp"
 #include "vattn/select/score_check.hpp"
-#include "vattn/store_attention.hpp"
+#include "vattn/store/store_attention.hpp"
 #include "vattn/two_phase_attention.hpp"
 
 namespace vattn::VATTN_ABI {
@@ -87,7 +87,7 @@ class vattention {
   }
 
   /// `observe(head_task&)` sees each query of each head once it is done, on the thread that did it (see
-  /// runtime/audit.hpp).
+  /// call/audit.hpp).
   template <class Q, kv_cache KV, executor E = serial_executor, class Observer = unobserved>
   status operator()(const tensor_view<const Q, 4>& q, const KV& cache, const attention_options& options,
                     const attention_result& result, workspace& memory, const draw_key& key = {}, E&& exec = E{},

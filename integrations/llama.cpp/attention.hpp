@@ -5,9 +5,9 @@
 
 #include "ggml.h"
 #include "team.hpp"
+#include "vattn/call/audit.hpp"
 #include "vattn/index/index_attention.hpp"
 #include "vattn/kv/ggml.hpp"
-#include "vattn/runtime/audit.hpp"
 
 namespace vattn_ggml {
 

@@ -8,7 +8,7 @@
 #include <string>
 
 #include "settings.hpp"
-#include "vattn/runtime/audit.hpp"
+#include "vattn/call/audit.hpp"
 
 namespace vattn_ggml {
 

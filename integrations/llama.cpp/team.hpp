@@ -5,7 +5,7 @@
 #include <atomic>
 #include <thread>
 
-#include "vattn/config.hpp"
+#include "vattn/base/config.hpp"
 
 namespace vattn_ggml {
 

@@ -13,10 +13,10 @@
 #define ERROR 0
 #define Yield() static_cast<void>(0)
 
-#include <vattn/runtime/audit.hpp>
-#include <vattn/runtime/openmp.hpp>
-#include <vattn/runtime/plan.hpp>
-#include <vattn/runtime/thread_pool.hpp>
+#include <vattn/base/openmp.hpp>
+#include <vattn/base/thread_pool.hpp>
+#include <vattn/call/audit.hpp>
+#include <vattn/plan.hpp>
 #include <vattn/vattn.hpp>
 
 interface words {

@@ -2,8 +2,8 @@
 #include <map>
 
 #include "cuda/problem.hpp"
+#include "vattn/base/philox.hpp"
 #include "vattn/cuda/plan.hpp"
-#include "vattn/sample/philox.hpp"
 #include "vattn/sketch/rotation.hpp"
 #include "vattn/stats/judge.hpp"
 

@@ -7,7 +7,7 @@
 #include <span>
 #include <string>
 #include <string_view>
-#include <vattn/status.hpp>
+#include <vattn/base/status.hpp>
 #include <vector>
 
 namespace vattn::product {

@@ -7,9 +7,9 @@
 
 #include "product/axes.hpp"
 #include "support/layouts.hpp"
-#include "vattn/kv/interleaved_store.hpp"
 #include "vattn/kv/ragged.hpp"
-#include "vattn/kv/store.hpp"
+#include "vattn/store/interleaved_store.hpp"
+#include "vattn/store/shuffled_store.hpp"
 
 namespace vattn::product {
 

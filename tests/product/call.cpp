@@ -1,10 +1,10 @@
 // What a scenario's call carries, and where its results go.
 #include <charconv>
 #include <cstring>
-#include <vattn/runtime/thread_pool.hpp>
+#include <vattn/base/thread_pool.hpp>
 
 #include "product/run.hpp"
-#include "vattn/runtime/openmp.hpp"
+#include "vattn/base/openmp.hpp"
 
 namespace vattn::product {
 

@@ -3,7 +3,7 @@
 
 #include <functional>
 #include <memory>
-#include <vattn/runtime/arguments.hpp>
+#include <vattn/call/arguments.hpp>
 #include <vector>
 
 namespace vattn::product {

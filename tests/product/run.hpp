@@ -6,8 +6,8 @@
 #include <memory>
 #include <optional>
 #include <string>
-#include <vattn/runtime/audit.hpp>
-#include <vattn/runtime/plan.hpp>
+#include <vattn/call/audit.hpp>
+#include <vattn/plan.hpp>
 #include <vattn/vattn.hpp>
 
 #include "product/caches.hpp"

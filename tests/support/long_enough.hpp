@@ -2,7 +2,7 @@
 #pragma once
 
 #include <algorithm>
-#include <vattn/store_attention.hpp>
+#include <vattn/store/store_attention.hpp>
 
 namespace vattn::test {
 

@@ -6,10 +6,10 @@
 #include <cmath>
 #include <span>
 
-#include "vattn/certify/certificate.hpp"
-#include "vattn/configuration.hpp"
+#include "vattn/certificate.hpp"
 #include "vattn/estimate/residual.hpp"
 #include "vattn/select/selector.hpp"
+#include "vattn/settings.hpp"
 #include "vattn/stats/judge.hpp"
 
 namespace vattn::VATTN_ABI {

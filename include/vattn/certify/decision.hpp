@@ -8,9 +8,9 @@
 #include <limits>
 #include <span>
 
+#include "vattn/base/status.hpp"
+#include "vattn/base/tensor.hpp"
 #include "vattn/kv/query.hpp"
-#include "vattn/status.hpp"
-#include "vattn/tensor.hpp"
 
 namespace vattn::VATTN_ABI {
 

@@ -141,7 +141,7 @@ struct head_rows {
   }
 };
 
-// Philox4x32-10, as sample/philox.hpp has it: two words that name the draws of one KV head in one step.
+// Philox4x32-10, as base/philox.hpp has it: two words that name the draws of one KV head in one step.
 __host__ __device__ inline void draw_words(std::uint64_t seed, std::uint32_t layer, std::uint32_t step,
                                            std::uint32_t sequence, std::uint32_t head, std::uint32_t (&out)[2]) {
   std::uint32_t c[4] = {head, step, sequence, layer},

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "vattn/status.hpp"
+#include "vattn/base/status.hpp"
 
 namespace vattn::VATTN_ABI::cuda {
 

@@ -7,7 +7,7 @@
 
 #include "vattn/cuda/audit.cuh"
 #include "vattn/cuda/gather.cuh"
-#include "vattn/sample/philox.hpp"
+#include "vattn/base/philox.hpp"
 
 namespace vattn::VATTN_ABI::cuda {
 

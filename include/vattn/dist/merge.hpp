@@ -6,10 +6,10 @@
 #include <cmath>
 #include <cstring>
 
+#include "vattn/base/tensor.hpp"
+#include "vattn/base/workspace.hpp"
 #include "vattn/dist/agreement.hpp"
 #include "vattn/estimate/state.hpp"
-#include "vattn/runtime/workspace.hpp"
-#include "vattn/tensor.hpp"
 
 namespace vattn::VATTN_ABI::dist {
 

@@ -8,10 +8,10 @@
 #include <optional>
 #include <span>
 
+#include "vattn/certify/certify.hpp"
 #include "vattn/dist/shard_sums.hpp"
 #include "vattn/dist/shares.hpp"
 #include "vattn/index/index_attention.hpp"
-#include "vattn/stats/certify.hpp"
 
 namespace vattn::VATTN_ABI::dist {
 

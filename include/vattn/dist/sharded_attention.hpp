@@ -10,10 +10,10 @@
 #include <memory>
 #include <span>
 
+#include "vattn/call/call.hpp"
 #include "vattn/dist/agreement.hpp"
 #include "vattn/dist/shard_group.hpp"
 #include "vattn/policy.hpp"
-#include "vattn/runtime/call.hpp"
 
 namespace vattn::VATTN_ABI::dist {
 

@@ -7,7 +7,7 @@
 #include <limits>
 #include <span>
 
-#include "vattn/kernel/floating_point.hpp"
+#include "vattn/base/floating_point.hpp"
 #include "vattn/kernel/row.hpp"
 
 namespace vattn::VATTN_ABI {

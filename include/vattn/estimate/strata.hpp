@@ -8,9 +8,9 @@
 #include <cmath>
 #include <span>
 
+#include "vattn/base/workspace.hpp"
 #include "vattn/kernel/block.hpp"
 #include "vattn/kernel/row_sums.hpp"
-#include "vattn/runtime/workspace.hpp"
 #include "vattn/stats/evidence.hpp"
 
 namespace vattn::VATTN_ABI {

@@ -6,9 +6,9 @@
 #include <cmath>
 #include <span>
 
+#include "vattn/base/philox.hpp"
 #include "vattn/estimate/state.hpp"
 #include "vattn/kv/query.hpp"
-#include "vattn/sample/philox.hpp"
 #include "vattn/stats/evidence.hpp"
 
 namespace vattn::VATTN_ABI {

@@ -13,9 +13,9 @@
 #include <span>
 #include <vector>
 
+#include "vattn/base/pages.hpp"
 #include "vattn/kernel/cell_scan.hpp"
 #include "vattn/kernel/row.hpp"
-#include "vattn/runtime/pages.hpp"
 #include "vattn/sketch/rotation.hpp"
 
 namespace vattn::VATTN_ABI {

@@ -12,16 +12,16 @@
 #include <span>
 #include <utility>
 
-#include "vattn/configuration.hpp"
+#include "vattn/call/call.hpp"
+#include "vattn/certify/certify.hpp"
 #include "vattn/estimate/group.hpp"
 #include "vattn/exact_attention.hpp"
 #include "vattn/index/index_plan.hpp"
 #include "vattn/index/index_reader.hpp"
 #include "vattn/index/kv_index.hpp"
-#include "vattn/runtime/call.hpp"
 #include "vattn/sample/importance.hpp"
 #include "vattn/select/selector.hpp"
-#include "vattn/stats/certify.hpp"
+#include "vattn/settings.hpp"
 
 namespace vattn::VATTN_ABI {
 

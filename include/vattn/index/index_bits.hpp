@@ -9,9 +9,9 @@
 #include <cstdint>
 #include <vector>
 
+#include "vattn/base/philox.hpp"
 #include "vattn/index/cell_codes.hpp"
 #include "vattn/kv/view.hpp"
-#include "vattn/sample/philox.hpp"
 
 namespace vattn::VATTN_ABI {
 

@@ -8,11 +8,11 @@
 #include <limits>
 #include <span>
 
+#include "vattn/base/workspace.hpp"
+#include "vattn/call/call.hpp"
 #include "vattn/estimate/strata.hpp"
 #include "vattn/index/cell_tables.hpp"
 #include "vattn/index/gather.hpp"
-#include "vattn/runtime/call.hpp"
-#include "vattn/runtime/workspace.hpp"
 #include "vattn/sample/thinning.hpp"
 
 namespace vattn::VATTN_ABI {

@@ -9,10 +9,10 @@
 #include <string_view>
 #include <vector>
 
+#include "vattn/base/status.hpp"
 #include "vattn/index/cell_codes.hpp"
 #include "vattn/index/index_bits.hpp"
 #include "vattn/kv/view.hpp"
-#include "vattn/status.hpp"
 
 namespace vattn::VATTN_ABI {
 

@@ -6,7 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "vattn/config.hpp"
+#include "vattn/base/config.hpp"
 
 // 1 where kernels are compiled for several instruction sets and chosen among at run time.
 #if !defined(VATTN_DISPATCH)

@@ -16,9 +16,9 @@
 #include <cmath>
 #include <cstdint>
 
-#include "vattn/config.hpp"
+#include "vattn/base/config.hpp"
+#include "vattn/base/floating_point.hpp"
 #include "vattn/kernel/decoded.hpp"
-#include "vattn/kernel/floating_point.hpp"
 
 namespace vattn::VATTN_ABI::kernel {
 

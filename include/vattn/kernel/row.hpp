@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <span>
 
-#include "vattn/config.hpp"
+#include "vattn/base/config.hpp"
 
 namespace vattn::VATTN_ABI::kernel {
 

@@ -9,9 +9,9 @@
 #include <cstdint>
 #include <cstring>
 
+#include "vattn/base/philox.hpp"
 #include "vattn/kernel/isa.hpp"
 #include "vattn/kernel/row.hpp"
-#include "vattn/sample/philox.hpp"
 
 namespace vattn::VATTN_ABI::kernel {
 

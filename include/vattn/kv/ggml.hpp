@@ -4,9 +4,9 @@
 
 #include <array>
 
+#include "vattn/base/tensor.hpp"
 #include "vattn/kv/places.hpp"
 #include "vattn/options.hpp"
-#include "vattn/tensor.hpp"
 
 namespace vattn::VATTN_ABI {
 

@@ -6,11 +6,11 @@
 #include <cstddef>
 #include <span>
 
-#include "vattn/config.hpp"
+#include "vattn/base/config.hpp"
+#include "vattn/base/tensor.hpp"
 #include "vattn/kernel/grouped.hpp"
 #include "vattn/kernel/quantised.hpp"
 #include "vattn/kernel/row.hpp"
-#include "vattn/tensor.hpp"
 
 namespace vattn::VATTN_ABI {
 

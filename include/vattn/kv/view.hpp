@@ -6,11 +6,11 @@
 #include <span>
 #include <type_traits>
 
-#include "vattn/config.hpp"
+#include "vattn/base/config.hpp"
+#include "vattn/base/status.hpp"
+#include "vattn/base/tensor.hpp"
 #include "vattn/kernel/block_rows.hpp"
 #include "vattn/kernel/row.hpp"
-#include "vattn/status.hpp"
-#include "vattn/tensor.hpp"
 
 namespace vattn::VATTN_ABI {
 

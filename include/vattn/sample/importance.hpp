@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <span>
 
-#include "vattn/sample/philox.hpp"
+#include "vattn/base/philox.hpp"
 
 namespace vattn::VATTN_ABI::sample {
 

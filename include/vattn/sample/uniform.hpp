@@ -7,7 +7,7 @@
 #include <concepts>
 #include <span>
 
-#include "vattn/sample/philox.hpp"
+#include "vattn/base/philox.hpp"
 
 namespace vattn::VATTN_ABI {
 

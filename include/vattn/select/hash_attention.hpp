@@ -10,11 +10,11 @@
 #include <string_view>
 #include <vector>
 
-#include "vattn/kernel/floating_point.hpp"
+#include "vattn/base/floating_point.hpp"
+#include "vattn/base/status.hpp"
 #include "vattn/kernel/row_size.hpp"
 #include "vattn/sketch/hyperplanes.hpp"
 #include "vattn/sketch/recent_keys.hpp"
-#include "vattn/status.hpp"
 
 namespace vattn::VATTN_ABI::select {
 

@@ -24,7 +24,7 @@ namespace vattn::VATTN_ABI {
 ///   bound_over_error()            if estimates: no error exceeds this times its scale; inf if not known
 ///   upper_bounds                  optional, true if no logit (before cap, mask and bias) exceeds its score
 ///   recent()                      optional, recent_keys&: append_from then finds keys that were overwritten
-/// and, to be saved with the cache, archive(), format() and valid() of vattn/runtime/archive.hpp.
+/// and, to be saved with the cache, archive(), format() and valid() of vattn/base/archive.hpp.
 template <class I>
 concept key_index = requires(I& i, const I& c, std::span<const float> key, index_t n, std::span<float> out) {
   i.append(key);

@@ -9,7 +9,7 @@
 #include <string_view>
 #include <vector>
 
-#include "vattn/runtime/room.hpp"
+#include "vattn/base/room.hpp"
 #include "vattn/sketch/hyperplanes.hpp"
 
 namespace vattn::VATTN_ABI::select {

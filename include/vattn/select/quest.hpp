@@ -9,10 +9,10 @@
 #include <string_view>
 #include <vector>
 
-#include "vattn/kernel/floating_point.hpp"
+#include "vattn/base/floating_point.hpp"
+#include "vattn/base/room.hpp"
 #include "vattn/kernel/row.hpp"
 #include "vattn/kernel/row_size.hpp"
-#include "vattn/runtime/room.hpp"
 #include "vattn/sketch/recent_keys.hpp"
 
 namespace vattn::VATTN_ABI::select {

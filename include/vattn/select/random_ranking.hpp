@@ -6,8 +6,8 @@
 #include <span>
 #include <string_view>
 
+#include "vattn/base/philox.hpp"
 #include "vattn/kernel/row.hpp"
-#include "vattn/sample/philox.hpp"
 
 namespace vattn::VATTN_ABI::select {
 

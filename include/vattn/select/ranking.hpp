@@ -9,7 +9,7 @@
 #include <numeric>
 #include <span>
 
-#include "vattn/config.hpp"
+#include "vattn/base/config.hpp"
 
 namespace vattn::VATTN_ABI {
 

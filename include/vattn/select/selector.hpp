@@ -6,10 +6,10 @@
 #include <concepts>
 #include <span>
 
-#include "vattn/configuration.hpp"
 #include "vattn/kv/query.hpp"
 #include "vattn/select/ranking.hpp"
 #include "vattn/select/top_k.hpp"
+#include "vattn/settings.hpp"
 
 namespace vattn::VATTN_ABI {
 

@@ -14,9 +14,9 @@
 #include <span>
 #include <vector>
 
+#include "vattn/base/pages.hpp"
 #include "vattn/kernel/scan.hpp"
 #include "vattn/kernel/units.hpp"
-#include "vattn/runtime/pages.hpp"
 #include "vattn/sketch/rotation.hpp"
 
 namespace vattn::VATTN_ABI::sketch {

@@ -10,8 +10,8 @@
 #include <span>
 #include <vector>
 
-#include "vattn/config.hpp"
-#include "vattn/sample/philox.hpp"
+#include "vattn/base/config.hpp"
+#include "vattn/base/philox.hpp"
 
 namespace vattn::VATTN_ABI::sketch {
 

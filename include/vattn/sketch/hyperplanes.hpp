@@ -8,11 +8,11 @@
 #include <numbers>
 #include <vector>
 
-#include "vattn/kernel/floating_point.hpp"
+#include "vattn/base/floating_point.hpp"
+#include "vattn/base/philox.hpp"
+#include "vattn/base/room.hpp"
 #include "vattn/kernel/row_size.hpp"
 #include "vattn/kernel/units.hpp"
-#include "vattn/runtime/room.hpp"
-#include "vattn/sample/philox.hpp"
 #include "vattn/sketch/recent_keys.hpp"
 
 namespace vattn::VATTN_ABI::sketch {

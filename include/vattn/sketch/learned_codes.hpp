@@ -8,11 +8,11 @@
 #include <span>
 #include <vector>
 
-#include "vattn/kernel/floating_point.hpp"
+#include "vattn/base/floating_point.hpp"
+#include "vattn/base/room.hpp"
 #include "vattn/kernel/row_size.hpp"
 #include "vattn/kernel/units.hpp"
 #include "vattn/kv/view.hpp"
-#include "vattn/runtime/room.hpp"
 #include "vattn/sketch/codebook.hpp"
 #include "vattn/sketch/principal_axes.hpp"
 #include "vattn/sketch/recent_keys.hpp"

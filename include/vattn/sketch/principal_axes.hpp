@@ -9,7 +9,7 @@
 #include <span>
 #include <vector>
 
-#include "vattn/config.hpp"
+#include "vattn/base/config.hpp"
 
 namespace vattn::VATTN_ABI::sketch {
 

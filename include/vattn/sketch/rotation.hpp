@@ -9,7 +9,7 @@
 #include <cmath>
 #include <span>
 
-#include "vattn/sample/philox.hpp"
+#include "vattn/base/philox.hpp"
 
 namespace vattn::VATTN_ABI::sketch {
 

@@ -2,7 +2,7 @@
 #include "vattn/macros_push.hpp"
 #pragma once
 
-#include "vattn/config.hpp"
+#include "vattn/base/config.hpp"
 
 namespace vattn::VATTN_ABI {
 

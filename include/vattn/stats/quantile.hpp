@@ -5,7 +5,7 @@
 #include <cmath>
 #include <limits>
 
-#include "vattn/config.hpp"
+#include "vattn/base/config.hpp"
 
 namespace vattn::VATTN_ABI::stats {
 

@@ -5,7 +5,7 @@
 
 #include <cmath>
 
-#include "vattn/config.hpp"
+#include "vattn/base/config.hpp"
 #include "vattn/stats/quantile.hpp"
 
 namespace vattn::VATTN_ABI::stats {

@@ -1,5 +1,5 @@
 #pragma once
 
-#include <vattn/config.hpp>
+#include <vattn/base/config.hpp>
 
 inline vattn::index_t heads() { return 32; }

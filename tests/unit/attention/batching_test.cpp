@@ -7,7 +7,7 @@
 
 #include "support/catch.hpp"
 #include "support/problem.hpp"
-#include "vattn/runtime/thread_pool.hpp"
+#include "vattn/base/thread_pool.hpp"
 #include "vattn/vattn.hpp"
 
 namespace {

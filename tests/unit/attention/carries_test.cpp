@@ -3,9 +3,9 @@
 #include <map>
 
 #include "support/policies.hpp"
+#include "vattn/call/audit.hpp"
 #include "vattn/kv/reference.hpp"
-#include "vattn/runtime/audit.hpp"
-#include "vattn/runtime/plan.hpp"
+#include "vattn/plan.hpp"
 
 namespace {
 

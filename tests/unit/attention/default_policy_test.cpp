@@ -3,9 +3,9 @@
 
 #include "support/catch.hpp"
 #include "support/problem.hpp"
+#include "vattn/base/thread_pool.hpp"
 #include "vattn/kv/flashinfer.hpp"
-#include "vattn/runtime/plan.hpp"
-#include "vattn/runtime/thread_pool.hpp"
+#include "vattn/plan.hpp"
 
 namespace {
 

@@ -1,9 +1,9 @@
 // A query that sees no token: its output is 0, and its denominator what a sink leaves. For every policy and every way
 // to see nothing.
 #include "support/policies.hpp"
+#include "vattn/call/audit.hpp"
 #include "vattn/kv/flashinfer.hpp"
-#include "vattn/runtime/audit.hpp"
-#include "vattn/runtime/plan.hpp"
+#include "vattn/plan.hpp"
 
 namespace {
 

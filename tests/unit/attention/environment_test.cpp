@@ -4,7 +4,7 @@
 #include <cstring>
 #include <functional>
 #include <string>
-#include <vattn/runtime/thread_pool.hpp>
+#include <vattn/base/thread_pool.hpp>
 #include <vector>
 
 #include "support/catch.hpp"

@@ -1,7 +1,7 @@
 // vattention<store_policy>: what it computes, what its certificates say, and what becomes of bad data.
 #include <algorithm>
 #include <string>
-#include <vattn/runtime/thread_pool.hpp>
+#include <vattn/base/thread_pool.hpp>
 #include <vector>
 
 #include "support/catch.hpp"

@@ -4,9 +4,9 @@
 #include <numeric>
 
 #include "support/layout.hpp"
+#include "vattn/base/thread_pool.hpp"
 #include "vattn/kv/flashinfer.hpp"
 #include "vattn/kv/ggml.hpp"
-#include "vattn/runtime/thread_pool.hpp"
 
 namespace {
 

@@ -6,7 +6,7 @@
 #include <thread>
 
 #include "support/layout.hpp"
-#include "vattn/runtime/thread_pool.hpp"
+#include "vattn/base/thread_pool.hpp"
 
 namespace {
 

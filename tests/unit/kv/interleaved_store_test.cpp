@@ -1,5 +1,5 @@
 // The interleaved store: rows as they came, key beside value, whatever grew or was dropped between them.
-#include "vattn/kv/interleaved_store.hpp"
+#include "vattn/store/interleaved_store.hpp"
 
 #include <cmath>
 #include <vector>

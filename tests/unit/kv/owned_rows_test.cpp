@@ -1,5 +1,5 @@
 // Rows of several heads that grow: what they hold, and where they lie.
-#include "vattn/kv/owned_rows.hpp"
+#include "vattn/store/owned_rows.hpp"
 
 #include "support/catch.hpp"
 

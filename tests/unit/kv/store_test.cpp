@@ -1,12 +1,11 @@
 // The shuffled store: which token is where, whatever the way it came, and what the store says of bad requests.
-#include "vattn/kv/store.hpp"
-
 #include <algorithm>
 #include <map>
 #include <vector>
 
 #include "stat/binomial.hpp"
 #include "support/layout.hpp"
+#include "vattn/store/shuffled_store.hpp"
 
 namespace {
 

@@ -1,5 +1,5 @@
 // No allocation on the decode path: after a first call of the same shape, none of the calls below asks for memory.
-#include <vattn/runtime/thread_pool.hpp>
+#include <vattn/base/thread_pool.hpp>
 #include <vattn/sketch/codes.hpp>
 #include <vector>
 

@@ -1,4 +1,4 @@
-#include "vattn/runtime/archive.hpp"
+#include "vattn/base/archive.hpp"
 
 #include <random>
 #include <string>

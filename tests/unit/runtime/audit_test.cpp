@@ -1,5 +1,5 @@
 // The auditor counts what a look at the truth counts, the same for any threads; and sees what is broken.
-#include "vattn/runtime/audit.hpp"
+#include "vattn/call/audit.hpp"
 
 #include <vector>
 

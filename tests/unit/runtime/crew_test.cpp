@@ -6,7 +6,7 @@
 #include <mutex>
 #include <set>
 #include <thread>
-#include <vattn/runtime/crew.hpp>
+#include <vattn/base/crew.hpp>
 #include <vector>
 
 #include "support/catch.hpp"

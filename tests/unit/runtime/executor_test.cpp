@@ -5,9 +5,9 @@
 #include <memory>
 #include <numeric>
 #include <thread>
-#include <vattn/runtime/executor.hpp>
-#include <vattn/runtime/openmp.hpp>
-#include <vattn/runtime/thread_pool.hpp>
+#include <vattn/base/executor.hpp>
+#include <vattn/base/openmp.hpp>
+#include <vattn/base/thread_pool.hpp>
 #include <vector>
 
 #include "support/catch.hpp"

@@ -1,12 +1,12 @@
 // Plans: the same bits however many threads take part, in whatever order they run, and clear refusals.
-#include "vattn/runtime/plan.hpp"
+#include "vattn/plan.hpp"
 
 #include <thread>
 #include <vector>
 
 #include "support/layout.hpp"
+#include "vattn/call/audit.hpp"
 #include "vattn/kv/reference.hpp"
-#include "vattn/runtime/audit.hpp"
 
 namespace {
 

@@ -1,5 +1,5 @@
 // The generator against its authors' known answers, and the streams made of it.
-#include "vattn/sample/philox.hpp"
+#include "vattn/base/philox.hpp"
 
 #include <fstream>
 #include <set>

@@ -1,5 +1,5 @@
 // What the cost model says of dense and sparse steps at each instruction set.
-#include "vattn/sample/store_plan.hpp"
+#include "vattn/store/store_plan.hpp"
 
 #include "support/catch.hpp"
 

@@ -5,7 +5,7 @@
 #include <random>
 
 #include "support/catch.hpp"
-#include "vattn/stats/certify.hpp"
+#include "vattn/certify/certify.hpp"
 
 using namespace vattn::test;
 using vattn::error_scale;

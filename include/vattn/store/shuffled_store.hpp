@@ -8,11 +8,11 @@
 #include <span>
 #include <vector>
 
-#include "vattn/kernel/floating_point.hpp"
+#include "vattn/base/floating_point.hpp"
+#include "vattn/base/philox.hpp"
 #include "vattn/kernel/units.hpp"
-#include "vattn/kv/owned_rows.hpp"
-#include "vattn/sample/philox.hpp"
 #include "vattn/sketch/block_codes.hpp"
+#include "vattn/store/owned_rows.hpp"
 
 namespace vattn::VATTN_ABI {
 

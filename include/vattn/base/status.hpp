@@ -5,7 +5,7 @@
 #include <cstdarg>
 #include <cstdio>
 
-#include "vattn/config.hpp"
+#include "vattn/base/config.hpp"
 
 namespace vattn::VATTN_ABI {
 

@@ -2,8 +2,8 @@
 #include "vattn/macros_push.hpp"
 #pragma once
 
-#include "vattn/certify/certificate.hpp"
-#include "vattn/status.hpp"
+#include "vattn/base/status.hpp"
+#include "vattn/certificate.hpp"
 
 namespace vattn::VATTN_ABI {
 

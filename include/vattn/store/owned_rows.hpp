@@ -8,8 +8,8 @@
 #include <span>
 #include <vector>
 
+#include "vattn/base/pages.hpp"
 #include "vattn/kv/view.hpp"
-#include "vattn/runtime/pages.hpp"
 
 namespace vattn::VATTN_ABI::detail {
 

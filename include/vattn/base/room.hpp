@@ -6,7 +6,7 @@
 #include <cstddef>
 #include <vector>
 
-#include "vattn/config.hpp"
+#include "vattn/base/config.hpp"
 
 namespace vattn::VATTN_ABI::detail {
 

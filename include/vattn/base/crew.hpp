@@ -11,7 +11,7 @@
 #include <thread>
 #include <type_traits>
 
-#include "vattn/config.hpp"
+#include "vattn/base/config.hpp"
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>

@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "vattn/certify/certificate.hpp"
+#include "vattn/certificate.hpp"
 #include "vattn/stats/judge.hpp"
 
 namespace vattn::VATTN_ABI::stats {

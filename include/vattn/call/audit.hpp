@@ -7,8 +7,8 @@
 #include <cstdio>
 #include <string>
 
+#include "vattn/call/call.hpp"
 #include "vattn/estimate/exact.hpp"
-#include "vattn/runtime/call.hpp"
 
 namespace vattn::VATTN_ABI {
 

@@ -17,7 +17,7 @@
 #include <xmmintrin.h>
 #endif
 
-#include "vattn/config.hpp"
+#include "vattn/base/config.hpp"
 
 namespace vattn::VATTN_ABI::kernel {
 

@@ -10,8 +10,8 @@
 #include <limits>
 #include <type_traits>
 
-#include "vattn/config.hpp"
-#include "vattn/status.hpp"
+#include "vattn/base/config.hpp"
+#include "vattn/base/status.hpp"
 
 namespace vattn::VATTN_ABI {
 

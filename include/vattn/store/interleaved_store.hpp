@@ -8,9 +8,9 @@
 #include <span>
 #include <vector>
 
-#include "vattn/kernel/floating_point.hpp"
+#include "vattn/base/floating_point.hpp"
 #include "vattn/kernel/units.hpp"
-#include "vattn/kv/owned_rows.hpp"
+#include "vattn/store/owned_rows.hpp"
 
 namespace vattn::VATTN_ABI {
 

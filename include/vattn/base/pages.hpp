@@ -10,7 +10,7 @@
 #include <new>
 #include <utility>
 
-#include "vattn/config.hpp"
+#include "vattn/base/config.hpp"
 
 #if defined(__linux__)
 #include <sys/mman.h>

@@ -10,15 +10,15 @@
 #include <span>
 #include <utility>
 
-#include "vattn/configuration.hpp"
+#include "vattn/call/call.hpp"
+#include "vattn/certify/certify.hpp"
 #include "vattn/estimate/group.hpp"
-#include "vattn/estimate/store_reader.hpp"
 #include "vattn/exact_attention.hpp"
-#include "vattn/kv/store.hpp"
-#include "vattn/runtime/call.hpp"
 #include "vattn/sample/importance.hpp"
-#include "vattn/sample/store_plan.hpp"
-#include "vattn/stats/certify.hpp"
+#include "vattn/settings.hpp"
+#include "vattn/store/shuffled_store.hpp"
+#include "vattn/store/store_plan.hpp"
+#include "vattn/store/store_reader.hpp"
 
 namespace vattn::VATTN_ABI {
 

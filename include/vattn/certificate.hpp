@@ -4,7 +4,7 @@
 
 #include <limits>
 
-#include "vattn/config.hpp"
+#include "vattn/base/config.hpp"
 #include "vattn/stats/promise.hpp"
 
 namespace vattn::VATTN_ABI {

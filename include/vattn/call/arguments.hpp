@@ -6,7 +6,7 @@
 #include <array>
 #include <cmath>
 
-#include "vattn/certify/certificate.hpp"
+#include "vattn/certificate.hpp"
 #include "vattn/certify/decision.hpp"
 #include "vattn/kv/query.hpp"
 #include "vattn/kv/view.hpp"

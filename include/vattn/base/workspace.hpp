@@ -8,8 +8,8 @@
 #include <span>
 #include <utility>
 
-#include "vattn/config.hpp"
-#include "vattn/status.hpp"
+#include "vattn/base/config.hpp"
+#include "vattn/base/status.hpp"
 
 namespace vattn::VATTN_ABI {
 

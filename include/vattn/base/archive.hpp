@@ -15,7 +15,7 @@
 #include <utility>
 #include <vector>
 
-#include "vattn/status.hpp"
+#include "vattn/base/status.hpp"
 
 namespace vattn::VATTN_ABI {
 

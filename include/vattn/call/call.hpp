@@ -10,16 +10,16 @@
 #include <span>
 #include <utility>
 
-#include "vattn/certify/certificate.hpp"
+#include "vattn/base/crew.hpp"
+#include "vattn/base/executor.hpp"
+#include "vattn/base/philox.hpp"
+#include "vattn/base/workspace.hpp"
+#include "vattn/call/arguments.hpp"
+#include "vattn/certificate.hpp"
 #include "vattn/estimate/residual.hpp"
 #include "vattn/estimate/weighted.hpp"
 #include "vattn/kv/query.hpp"
 #include "vattn/kv/view.hpp"
-#include "vattn/runtime/arguments.hpp"
-#include "vattn/runtime/crew.hpp"
-#include "vattn/runtime/executor.hpp"
-#include "vattn/runtime/workspace.hpp"
-#include "vattn/sample/philox.hpp"
 
 namespace vattn::VATTN_ABI {
 

@@ -9,9 +9,9 @@
 #include <thread>
 #include <vector>
 
-#include "vattn/config.hpp"
-#include "vattn/kernel/floating_point.hpp"
-#include "vattn/status.hpp"
+#include "vattn/base/config.hpp"
+#include "vattn/base/floating_point.hpp"
+#include "vattn/base/status.hpp"
 
 namespace vattn::VATTN_ABI {
 
@@ -152,7 +152,7 @@ struct serial_executor {
 };
 
 /// std::threads started for each call: simple, for prefill-sized work and tests. A decode loop wants a pool
-/// (runtime/thread_pool.hpp), OpenMP's (runtime/openmp.hpp), or the engine's own threads behind the same two members.
+/// (base/thread_pool.hpp), OpenMP's (base/openmp.hpp), or the engine's own threads behind the same two members.
 class thread_executor {
  public:
   explicit thread_executor(index_t threads) : threads_(threads < 1 ? 1 : threads) {}

@@ -6,8 +6,8 @@
 #include <array>
 #include <span>
 
-#include "vattn/config.hpp"
-#include "vattn/status.hpp"
+#include "vattn/base/config.hpp"
+#include "vattn/base/status.hpp"
 
 namespace vattn::VATTN_ABI {
 

@@ -9,15 +9,15 @@
 #include <limits>
 #include <span>
 
+#include "vattn/base/philox.hpp"
+#include "vattn/base/workspace.hpp"
 #include "vattn/estimate/strata.hpp"
 #include "vattn/kernel/block.hpp"
 #include "vattn/kernel/scan.hpp"
-#include "vattn/runtime/workspace.hpp"
-#include "vattn/sample/philox.hpp"
-#include "vattn/sample/store_plan.hpp"
 #include "vattn/sample/thinning.hpp"
 #include "vattn/sketch/query_tables.hpp"
 #include "vattn/stats/judge.hpp"
+#include "vattn/store/store_plan.hpp"
 
 namespace vattn::VATTN_ABI {
 

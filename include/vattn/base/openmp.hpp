@@ -7,7 +7,7 @@
 
 #include <algorithm>
 
-#include "vattn/config.hpp"
+#include "vattn/base/config.hpp"
 
 namespace vattn::VATTN_ABI {
 

@@ -8,7 +8,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "vattn/config.hpp"
+#include "vattn/base/config.hpp"
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
