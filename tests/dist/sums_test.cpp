@@ -57,6 +57,7 @@ TEST_CASE("sums of block kernels are those of the statistics room, to what the w
   arena a(memory.memory());
   const index_scratch s = index_scratch::take(a, n, heads, dk, dv, 16);
   head_group<head_type> group;
+  group.memory = a.take<std::byte>(index_piece::bytes(heads, dk, dv));
   const auto head = p.cache().head(0, 0);
   for (index_t h = 0; h < heads; ++h) {
     scratch own = scratch::take(a, n, dk, dv, false, {});
