@@ -138,6 +138,27 @@ struct order {
   }
 };
 
+// Calls that have every reason to sample, two for each policy: long caches, logits that are nearly equal, nothing else.
+// Pairs alone leave it to chance whether a policy meets one.
+std::vector<levels> plain_rows() {
+  std::vector<levels> rows;
+  const std::vector<family> all = families();
+  for (std::size_t p = 0; p < all.size(); ++p) {
+    for (const bool longest : {false, true}) {
+      levels row(static_cast<std::size_t>(n_axes), 0);
+      row[policy_axis] = static_cast<int>(p);
+      row[layout_axis] = all[p] == family::store ? shuffled : contiguous;
+      row[length_axis] = longest ? 7 : 6;  // 70000, 20000
+      row[size_axis] = 1;                  // 64/64
+      row[heads_axis] = longest ? 0 : 2;   // 1/1, 8/2
+      row[lse_axis] = row[certificate_axis] = 1;
+      row[rule_axis] = all[p] == family::exact ? 0 : 2;  // whatever share of the rows it takes
+      rows.push_back(row);
+    }
+  }
+  return rows;
+}
+
 // The cases of a file, or the arrays' rows.
 std::optional<std::vector<scenario>> cases(const order& o) {
   std::vector<scenario> all;
@@ -162,6 +183,8 @@ std::optional<std::vector<scenario>> cases(const order& o) {
     std::vector<levels> rows = covering_array(product_problem(families(), o.seed + round)).rows();
     const std::vector<levels> refused = refused_rows(families(), 12, o.seed + round);
     rows.insert(rows.end(), refused.begin(), refused.end());
+    const std::vector<levels> plain = plain_rows();
+    rows.insert(rows.end(), plain.begin(), plain.end());
     std::mt19937 random(o.seed + round);
     for (const levels& row : rows) {
       scenario s;
