@@ -6,13 +6,13 @@ file(REMOVE_RECURSE "${BUILD_DIR}")
 file(COPY "${VATTN_SOURCE_DIR}/include/vattn" DESTINATION "${BUILD_DIR}/next")
 
 # Another version, whose status is another: a function shared with this one reads past it.
-file(READ "${BUILD_DIR}/next/vattn/config.hpp" text)
+file(READ "${BUILD_DIR}/next/vattn/base/config.hpp" text)
 string(REGEX REPLACE "VATTN_VERSION_MINOR [0-9]+" "VATTN_VERSION_MINOR 99" text "${text}")
-file(WRITE "${BUILD_DIR}/next/vattn/config.hpp" "${text}")
-file(READ "${BUILD_DIR}/next/vattn/status.hpp" text)
+file(WRITE "${BUILD_DIR}/next/vattn/base/config.hpp" "${text}")
+file(READ "${BUILD_DIR}/next/vattn/base/status.hpp" text)
 string(REGEX REPLACE "capacity = [0-9]+" "capacity = 500" text "${text}")
 string(REPLACE "errc : std::uint8_t" "errc : std::uint32_t" text "${text}")
-file(WRITE "${BUILD_DIR}/next/vattn/status.hpp" "${text}")
+file(WRITE "${BUILD_DIR}/next/vattn/base/status.hpp" "${text}")
 
 set(unit "${CMAKE_CURRENT_LIST_DIR}/several_abis.cpp")
 function(compile name include)

@@ -152,7 +152,9 @@ std::vector<levels> plain_rows() {
       row[size_axis] = 1;                  // 64/64
       row[heads_axis] = longest ? 0 : 2;   // 1/1, 8/2
       row[lse_axis] = row[certificate_axis] = 1;
-      row[rule_axis] = all[p] == family::exact ? 0 : 2;  // whatever share of the rows it takes
+      row[norms_axis] = longest && keeps_norms(row[layout_axis]) ? 2 : 0;
+      row[scale_axis] = longest && all[p] != family::exact ? 1 : 0;  // ranges of values bound more of it
+      row[rule_axis] = all[p] == family::exact ? 0 : 2;              // whatever share of the rows it takes
       rows.push_back(row);
     }
   }
