@@ -138,25 +138,27 @@ struct order {
   }
 };
 
-// Calls that have every reason to sample, two for each policy: long caches, logits that are nearly equal, nothing else.
-// Pairs alone leave it to chance whether a policy meets one.
+// Calls that have every reason to sample, of each policy: long caches of logits that are nearly equal, and one whose
+// last look is accepted whatever it shows. Pairs alone leave it to chance whether a policy meets one.
 std::vector<levels> plain_rows() {
   std::vector<levels> rows;
   const std::vector<family> all = families();
   for (std::size_t p = 0; p < all.size(); ++p) {
-    for (const bool longest : {false, true}) {
-      levels row(static_cast<std::size_t>(n_axes), 0);
-      row[policy_axis] = static_cast<int>(p);
-      row[layout_axis] = all[p] == family::store ? shuffled : contiguous;
-      row[length_axis] = longest ? 7 : 6;  // 70000, 20000
-      row[size_axis] = 1;                  // 64/64
-      row[heads_axis] = longest ? 0 : 2;   // 1/1, 8/2
-      row[lse_axis] = row[certificate_axis] = 1;
-      row[norms_axis] = longest && keeps_norms(row[layout_axis]) ? 2 : 0;
-      row[scale_axis] = longest && all[p] != family::exact ? 1 : 0;  // ranges of values bound more of it
-      row[rule_axis] = all[p] == family::exact ? 0 : 2;              // whatever share of the rows it takes
-      rows.push_back(row);
-    }
+    levels row(static_cast<std::size_t>(n_axes), 0);
+    row[policy_axis] = static_cast<int>(p);
+    row[layout_axis] = all[p] == family::store ? shuffled : contiguous;
+    row[size_axis] = 1;  // 64/64
+    row[lse_axis] = row[certificate_axis] = 1;
+    row[length_axis] = 6, row[heads_axis] = 2;         // 20000, 8/2
+    row[rule_axis] = all[p] == family::exact ? 0 : 2;  // whatever share of the rows it takes
+    rows.push_back(row);
+    row[length_axis] = 7, row[heads_axis] = 0;  // 70000, 1/1
+    rows.push_back(row);
+    if (all[p] == family::exact) continue;
+    row[length_axis] = 4, row[heads_axis] = 2;  // 1200
+    row[softcap_axis] = all[p] == family::store ? 0 : 1;
+    row[promise_axis] = row[scale_axis] = row[rule_axis] = row[regime_axis] = 1;
+    rows.push_back(row);
   }
   return rows;
 }
