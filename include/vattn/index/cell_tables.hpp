@@ -95,7 +95,7 @@ struct cell_tables {
         const Eigen::Array<int, 16, 1> whole = ((low_bits - low) * (1 / delta) + 0.5f).cast<int>();
         std::uint8_t* const to = tables.data() + at;
         for (int k = 0; k < 4; ++k) {
-          const int add = static_cast<int>((high_bits[static_cast<std::size_t>(k)] - high) * (1 / delta) + 0.5f);
+          const auto add = static_cast<int>(std::lround((high_bits[static_cast<std::size_t>(k)] - high) * (1 / delta)));
           for (int e = 0; e < 16; ++e) to[16 * k + e] = static_cast<std::uint8_t>(whole[e] + add);
         }
         for (int k = 0; k < 16; ++k)
