@@ -151,6 +151,21 @@ void attend_group_exactly(head_group<Head>& group, std::uint32_t which, const ex
   }
 }
 
+/// Bytes of a group's memory for all rows of all of its heads, and these.
+[[nodiscard]] inline std::size_t exact_group_bytes(index_t heads, index_t dk, index_t dv) noexcept {
+  arena count;
+  static_cast<void>(count.take<std::byte>(exact_scratch::piece_bytes(heads, dv)));
+  static_cast<void>(exact_scratch::take(count, heads, dk, dv));
+  return count.used() + workspace::alignment;
+}
+template <kv_head Head>
+void attend_group_exactly(head_group<Head>& group) noexcept {
+  arena a(group.memory);
+  const Head& head = group[0].row.head;
+  static_cast<void>(a.take<std::byte>(exact_scratch::piece_bytes(group.size(), head.dv())));
+  attend_group_exactly(group, ~0u, exact_scratch::take(a, group.size(), head.dk(), head.dv()));
+}
+
 /// Exact attention of every query and head. Shapes, errors and memory as `vattention`.
 template <class Q, kv_cache KV, executor E = serial_executor>
 status exact_attention(const tensor_view<const Q, 4>& q, const KV& cache, const attention_options& options,

@@ -189,7 +189,7 @@ class vattention {
       if constexpr (takes_index) {
         if (indexed()) return attend_by_index<Policy>(heads, settings_, selector_.sequences, selector_.memory);
       }
-      attend_without_index(heads);
+      attend_group_exactly(heads);
     } else if constexpr (from_store) {
       attend_from_store<Policy>(heads, settings_);
     } else if constexpr (!importance_sampler<sampler>) {
@@ -348,14 +348,15 @@ class vattention {
       return false;
     }
   }
+  // Of groups that are attended together, and cut among workers.
+  [[nodiscard]] scratch::sparse_sizes whole_groups() const noexcept {
+    return {.observed = true, .sinks = settings_.sinks, .window = settings_.window, .shared = max_group, .cut = true};
+  }
   // Nothing is sampled.
   [[nodiscard]] scratch::sparse_sizes all_rows(index_t dk, index_t dv) const noexcept {
-    return {.observed = true,
-            .sinks = settings_.sinks,
-            .window = settings_.window,
-            .shared = max_group,
-            .group_bytes = exact_bytes(max_group, dk, dv),
-            .cut = true};
+    scratch::sparse_sizes sizes = whole_groups();
+    sizes.group_bytes = exact_group_bytes(max_group, dk, dv);
+    return sizes;
   }
 
   [[nodiscard]] scratch::sparse_sizes sizes(index_t n, index_t dv) const noexcept {
@@ -364,12 +365,8 @@ class vattention {
     sizes.sinks = settings_.sinks, sizes.window = settings_.window;
     sizes.errors = importance_sampler<sampler> || requires { requires selector::wants_errors; };
     if constexpr (beside_cache) {
-      return {.measured = true,
-              .observed = true,
-              .sinks = settings_.sinks,
-              .window = settings_.window,
-              .shared = max_group,
-              .cut = true};
+      sizes = whole_groups();
+      sizes.measured = true;
     } else if constexpr (from_store) {
       return {.measured = true, .observed = true, .shared = max_group};
     } else if constexpr (importance_sampler<sampler>) {

@@ -53,7 +53,7 @@ bool graph_attention::takes(const ggml_tensor* node, const kernels*& how) const 
                       (!mask || mask->ne[0] >= k->ne[1]) && (!sinks || sinks->nb[0] == sizeof(float));
   // ALiBi, and values that are a view of the keys (MLA), are ggml's.
   if (!types || !shapes || bias != 0 || root_of(k) == root_of(v)) return false;
-  // Rows of q4_0 are decoded one by one, which takes exact attention a fifth longer than ggml's: codes are worth it.
+  // Rows of q4_0 are decoded one by one, which takes exact attention longer than ggml's: codes are worth it.
   const bool decoded = k->type == GGML_TYPE_Q4_0 || v->type == GGML_TYPE_Q4_0;
   return !decoded || (settings_.mode == run_mode::verified && k->ne[1] >= least_visible && is_cache(root_of(k)));
 }

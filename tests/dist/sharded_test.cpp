@@ -392,27 +392,23 @@ TEST_CASE("a rank whose call fails makes it fail everywhere, with its message an
         for (index_t i = 0; i < count; ++i) f(i, 0);
       }
     };
-    // Judging is done nevertheless; what it was to read is not.
-    for (const int calls : {0, 2, 4}) {
+    const auto with_calls = [&](int calls) {
       r.assign(3, results(p.s));
-      const auto all = on_ranks(3, [&](auto& comm) {
+      return on_ranks(3, [&](auto& comm) {
         workspace memory;
         const auto i = static_cast<std::size_t>(comm.rank());
         return dist::sharded_attention<>(few_fixed(), split.indices[i], w.how)(
             p.query(), split.s.view(comm.rank()), p.options, r[i].view(), memory, comm, {},
             throws_later{comm.rank() == 1 ? calls : 1000});
       });
+    };
+    // Judging is done nevertheless; what it was to read is not.
+    for (const int calls : {0, 2, 4}) {
+      const auto all = with_calls(calls);
       CHECK(failure(all, r).find("rank 1: the executor threw") == 0);
     }
     for (const int calls : {1, 3}) {
-      r.assign(3, results(p.s));
-      const auto all = on_ranks(3, [&](auto& comm) {
-        workspace memory;
-        const auto i = static_cast<std::size_t>(comm.rank());
-        return dist::sharded_attention<>(few_fixed(), split.indices[i], w.how)(
-            p.query(), split.s.view(comm.rank()), p.options, r[i].view(), memory, comm, {},
-            throws_later{comm.rank() == 1 ? calls : 1000});
-      });
+      const auto all = with_calls(calls);
       require_ok(all);
       CHECK(same(r[0], r[1]));
     }

@@ -4,6 +4,8 @@
 #pragma once
 
 #include <array>
+#include <cmath>
+#include <numbers>
 #include <span>
 
 #include "vattn/base/config.hpp"
@@ -116,6 +118,12 @@ class random_stream {
       while (static_cast<std::uint32_t>(product) < threshold) product = std::uint64_t{next()} * bound;
     }
     return static_cast<std::uint32_t>(product >> 32);
+  }
+
+  /// N(0, 1), by Box and Muller.
+  double normal() noexcept {
+    const double u = (next() + 0.5) * 0x1p-32, angle = next() * (2 * std::numbers::pi * 0x1p-32);  // 0 is never drawn
+    return std::sqrt(-2 * std::log(u)) * std::cos(angle);
   }
 
  private:

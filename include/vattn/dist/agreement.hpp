@@ -188,7 +188,7 @@ struct visible_part {
   if (how == split::by_position) {
     for (index_t c = 0; c < n; ++c) {
       const index_t at = positions(c);
-      if (at < low || at > high || (mask && mask(c) == -std::numeric_limits<float>::infinity())) continue;
+      if (at < low || at > high || (mask && mask.hides(c))) continue;
       part.sinks += at < sinks_end ? 1 : 0, part.window += at >= window_first ? 1 : 0;
     }
     // Tokens may share a position.

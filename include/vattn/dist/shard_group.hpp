@@ -21,7 +21,6 @@ struct shard_scratch {
   std::span<float> total, part;     // sample_sums::storage
   std::span<float> centre;          // [dv], of all ranks
   std::span<float> offset;          // [dv]
-  std::span<float> apart;           // [ranks], of an output from the ranks' own centres
   std::span<shard_effort> efforts;  // [ranks]
 
   [[nodiscard]] static shard_scratch take(arena& a, const look_format& f, int ranks) noexcept {
@@ -33,7 +32,6 @@ struct shard_scratch {
     s.part = a.take<float>(vectors);
     s.centre = a.take<float>(width);
     s.offset = a.take<float>(width);
-    s.apart = a.take<float>(each);
     s.efforts = a.take<shard_effort>(each);
     return s;
   }
@@ -343,16 +341,14 @@ class shard_sampler : index_sampler<Policy, Head> {
     const kernel::const_float_map o(group_[h].s.output.data(), n);
     bool covered = true;
     for (index_t r = 0; r < all.ranks; ++r) {
-      wire_reader in(all.of(r) + format_.offset(h));
-      double scalars[look_format::scalars];
-      in.get(scalars, look_format::scalars);
-      const double floor = scalars[11];
+      const double floor = read_scalars(format_, all.of(r), h).floor();
       if (!(floor > -stats::infinity)) continue;
       const double unit = opening_of(r).unit;
       const double away = std::max(1e-12, static_cast<double>((o - kernel::const_float_map(centre_of(r), n)).norm()));
       const double bend = this->rise(h, top) - this->rise_[at(h)];  // the cap's part, the same everywhere
-      covered = covered && floor <= missed - std::log(unit + std::min(away, unit * unit / away)) - bend + 0.22 &&
-                0.8 * away <= read_counts(all.of(r)).away;
+      covered = covered &&
+                floor <= missed - std::log(unit + std::min(away, unit * unit / away)) - bend + base::floor_slack &&
+                base::away_share * away <= read_counts(all.of(r)).away;
     }
     return covered;
   }
@@ -373,7 +369,7 @@ class shard_sampler : index_sampler<Policy, Head> {
                     .assumptions = "asymptotic, as stated by the bound; and the codes' stated errors are true"});
   }
 
-  // What the next look needs to know of head h, in this rank's own terms: as index_sampler::judge.
+  // What the next look needs to know of head h, in this rank's own terms.
   void prepare(index_t h, const stats::evidence& e, const stats::verdict& v, bool first) noexcept {
     index_reader<Head>& read = *reader_;
     const index_t dv = head_.dv();
@@ -390,15 +386,7 @@ class shard_sampler : index_sampler<Policy, Head> {
     this->elsewhere_[at(h)] = std::max(0.0, own.denominator - mine);
     this->elsewhere_reference_[at(h)] = reference;
     if (first) return;
-    const double unit = double{this->codes_.units().reach};
-    const double floor = this->floor_threshold(read, h, own), away = 0.8 * std::sqrt(own.away2) / unit;
-    away_wanted_ = std::max(away_wanted_, 1.1 * away / 0.8);
-    if (!(wanted_.floor[at(h)] <= floor + 0.22 && away <= wanted_.away))
-      wanted_.floor[at(h)] = std::min(wanted_.floor[at(h)], floor - 0.1);
-    if (v.met) return;
-    this->squeeze_[at(h)] *= 0.95 / v.ratio;
-    if (10 * read.values_read() >= 9 * read.picks())
-      wanted_.plain[at(h)] = this->binding(h) - std::max(0.1, std::log(v.ratio));
+    this->ask_for_more(read, h, this->covers(read, h, own), v, away_wanted_);
   }
 
   void write_exact(std::span<std::byte> to) noexcept {

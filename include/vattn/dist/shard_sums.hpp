@@ -252,6 +252,15 @@ class shard_sums {
   std::array<look_scalars, max_group> more_{};
 };
 
+/// A head's scalars in a look's message, as `shard_sums::write` orders them.
+struct head_scalars {
+  double of[look_format::scalars];
+  [[nodiscard]] double floor() const noexcept { return of[11]; }
+};
+[[nodiscard]] inline head_scalars read_scalars(const look_format& f, const std::byte* message, index_t h) noexcept {
+  return wire_reader(message + f.offset(h)).get<head_scalars>();
+}
+
 /// The counts of a look's message, and the sums of one of its heads; `to` has the vectors' memory.
 [[nodiscard]] inline look_counts read_counts(const std::byte* message) noexcept {
   return wire_reader(message).get<look_counts>();
@@ -259,8 +268,7 @@ class shard_sums {
 inline look_scalars read_sums(const look_format& f, const std::byte* message, index_t h,
                               stats::sample_sums& to) noexcept {
   wire_reader in(message + f.offset(h));
-  double all[look_format::scalars];
-  in.get(all, look_format::scalars);
+  const auto [all] = in.get<head_scalars>();
   stats::scalar_sums& s = to.s = {};
   s.reference = all[0], s.x = all[1], s.power = all[2], s.square = all[3], s.spread = all[4];
   s.f0 = all[5], s.f2 = all[6], s.f4 = all[7], s.third0 = all[8], s.third2 = all[9];

@@ -18,6 +18,16 @@ namespace vattn::VATTN_ABI {
 /// Query heads whose rows are read together, at most.
 inline constexpr index_t max_group = 8;
 
+/// A block of rows as `stratum::add` wants them: 1/π, t = 1/π·(1/π − 1), r². What lies behind the rows is 0.
+struct block_weights {
+  alignas(64) float w[kernel::block_rows], t[kernel::block_rows], r2[kernel::block_rows];
+  void clear() noexcept {
+    std::fill_n(w, kernel::block_rows, 0.0f);
+    std::fill_n(t, kernel::block_rows, 0.0f);
+    std::fill_n(r2, kernel::block_rows, 0.0f);
+  }
+};
+
 /// Σ over the rows of one stratum, for one head; x = exp(l − reference), r = ‖v − c‖ for a fixed centre c, w the row's
 /// weight 1/π and t = (1 − π)/π² its variance factor. r is in the stratum's unit.
 struct stratum_scalars {

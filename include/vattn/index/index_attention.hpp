@@ -16,6 +16,7 @@
 #include "vattn/certify/certify.hpp"
 #include "vattn/estimate/group.hpp"
 #include "vattn/exact_attention.hpp"
+#include "vattn/index/index_costs.hpp"
 #include "vattn/index/index_plan.hpp"
 #include "vattn/index/index_reader.hpp"
 #include "vattn/index/kv_index.hpp"
@@ -60,7 +61,8 @@ namespace select {
 /// The indices of a call's sequences, [n_batch], and what is remembered between its steps, [n_batch, n_kv_heads] or
 /// nothing. They must outlive the functor's calls. Memory is written by calls of one query and groups of up to 8 heads,
 /// and left alone by others; one call at a time may use it.
-struct beside {
+template <bool needed>
+struct indices_of_call {
   std::span<const kv_index> sequences{};
   std::span<index_memory> memory{};
 
@@ -70,27 +72,11 @@ struct beside {
   }
   [[nodiscard]] index_t heavy_count(const ranking&, index_t, const config&) const noexcept { return 0; }
 };
-
-/// Whatever is at hand: the indices of a call's sequences, as `beside` has them, or none, and then all rows are read.
-struct cheapest {
-  std::span<const kv_index> sequences{};
-  std::span<index_memory> memory{};
-
-  template <class Row>
-  score_result score(const Row&, const population&, const score_buffers&) const noexcept {
-    return {};
-  }
-  [[nodiscard]] index_t heavy_count(const ranking&, index_t, const config&) const noexcept { return 0; }
-};
+/// The call must have them.
+using beside = indices_of_call<true>;
+/// Whatever is at hand: them, or none, and then all rows are read.
+using cheapest = indices_of_call<false>;
 }  // namespace select
-
-/// What sampling by an index costs, in the time of a row of dense attention (docs/performance.md).
-struct index_costs {
-  double scan = 0.1;     ///< a cell's codes
-  double key = 3;        ///< a row whose key is read
-  double once = 600;     ///< tables, plan, judgement
-  index_t least = 2048;  ///< cells that are worth it
-};
 
 /// Scratch of a group of heads, taken from the call's workspace.
 struct index_scratch {
@@ -142,12 +128,6 @@ struct index_scratch {
   static_cast<void>(index_scratch::take(count, n, heads, dk, dv, fixed));
   return count.used() + workspace::alignment;
 }
-
-/// Shape of a sample's probabilities. A token that its score hides may cost κ·ε where its score is z errors too low.
-struct index_shape_of_sample {
-  double z = 2, kappa = 0.5;
-  double pilot = 40, pilot_base = 64;  ///< rows of a first look: a head's own, and any
-};
 
 /// Whether sampling n tokens, `fixed` of them certain, may cost less than reading them all.
 [[nodiscard]] inline bool index_may_pay(index_t n, index_t fixed) noexcept {
@@ -651,13 +631,35 @@ class index_sampler {
     return std::min(wanted_.plain[at(g)], wanted_.floor[at(g)] - shape.z * sigma);
   }
 
+  // What an estimate asks of the thresholds, and whether they had it: floors by so many nats too high do, and distances
+  // of the output by so much of what they allow for.
+  static constexpr double floor_slack = 0.22, away_share = 0.8;
+  struct coverage {
+    double floor, away;
+    bool enough;
+  };
+  [[nodiscard]] coverage covers(const index_reader<Head>& read, index_t g, const stats::evidence& e) const noexcept {
+    const double floor = floor_threshold(read, g, e);
+    const double away = away_share * std::sqrt(e.away2) / static_cast<double>(codes_.units().reach);
+    return {floor, away, wanted_.floor[at(g)] <= floor + floor_slack && away <= wanted_.away};
+  }
+  // Thresholds of the next look, for a head that is not verified; `away` rises to what the heads want.
+  void ask_for_more(const index_reader<Head>& read, index_t g, const coverage& c, const stats::verdict& v,
+                    double& away) noexcept {
+    away = std::max(away, 1.1 * c.away / away_share);
+    if (!c.enough) wanted_.floor[at(g)] = std::min(wanted_.floor[at(g)], c.floor - 0.1);
+    if (v.met) return;
+    squeeze_[at(g)] *= 0.95 / v.ratio;
+    if (10 * read.values_read() >= 9 * read.picks())
+      wanted_.plain[at(g)] = binding(g) - std::max(0.1, std::log(v.ratio));
+  }
+
   // Writes what is verified, and sets the next thresholds for the rest. True: all are done, or will not be.
   [[nodiscard]] bool judge(index_reader<Head>& read, index_t round) noexcept {
     bool all = true;
     std::array<stats::evidence, max_group> now;
     if (!estimate_all(read, now)) return true;
     double away_wanted = wanted_.away;
-    const auto unit = static_cast<double>(codes_.units().reach);
     for (index_t g = 0; g < heads_; ++g) {
       head_task<Head>& task = group_[g];
       if (done_[at(g)]) continue;
@@ -667,20 +669,13 @@ class index_sampler {
       if (c.breaches > stats::breaches_of_errors(read.keys_read())) return true;
       const stats::evidence& e = estimate_[at(g)] = now[at(g)];
       const stats::verdict v = stats::judge<B>(e, promise_);
-      const double floor = floor_threshold(read, g, e), away = 0.8 * std::sqrt(e.away2) / unit;
-      const bool covered = wanted_.floor[at(g)] <= floor + 0.22 && away <= wanted_.away;
-      if (v.met && covered) {
+      const coverage has = covers(read, g, e);
+      if (v.met && has.enough) {
         write(read, g, e, v);
         continue;
       }
       all = false;
-      away_wanted = std::max(away_wanted, 1.1 * away / 0.8);
-      if (!covered) wanted_.floor[at(g)] = std::min(wanted_.floor[at(g)], floor - 0.1);
-      if (v.met) continue;
-      const double ratio = v.ratio;
-      squeeze_[at(g)] *= 0.95 / ratio;
-      if (10 * read.values_read() >= 9 * read.picks())
-        wanted_.plain[at(g)] = binding(g) - std::max(0.1, std::log(ratio));
+      ask_for_more(read, g, has, v, away_wanted);
     }
     wanted_.away = away_wanted;
     return all;
@@ -765,22 +760,6 @@ class index_sampler {
   std::array<bool, max_group> done_{};
   std::array<stats::evidence, max_group> estimate_{};
 };
-
-/// Bytes for a group whose rows are all read.
-[[nodiscard]] inline std::size_t exact_bytes(index_t heads, index_t dk, index_t dv) noexcept {
-  arena count;
-  static_cast<void>(count.take<std::byte>(exact_scratch::piece_bytes(heads, dv)));
-  static_cast<void>(exact_scratch::take(count, heads, dk, dv));
-  return count.used() + workspace::alignment;
-}
-/// All rows, for every head of the group.
-template <kv_head Head>
-void attend_without_index(head_group<Head>& group) noexcept {
-  arena a(group.memory);
-  const Head& head = group[0].row.head;
-  static_cast<void>(a.take<std::byte>(exact_scratch::piece_bytes(group.size(), head.dv())));
-  attend_group_exactly(group, ~0u, exact_scratch::take(a, group.size(), head.dk(), head.dv()));
-}
 
 /// Every head of the group by its index.
 template <class Policy, kv_head Head>

@@ -11,6 +11,7 @@
 
 #include "vattn/base/philox.hpp"
 #include "vattn/index/cell_codes.hpp"
+#include "vattn/index/index_costs.hpp"
 #include "vattn/kv/view.hpp"
 
 namespace vattn::VATTN_ABI {
@@ -65,11 +66,11 @@ class bits_predictor {
     const double goal = epsilon_ * epsilon_ / radius2;
     Eigen::ArrayXd noise(n);
     random_stream stream(draw_key{.seed = 0x62697473}, 0);
-    for (Eigen::Index i = 0; i < n; ++i) noise[i] = normal(stream);
+    for (Eigen::Index i = 0; i < n; ++i) noise[i] = stream.normal();
     for (std::size_t b = 0; b < sum.size(); ++b) {
       const Eigen::ArrayXd sigma = static_cast<double>(q.norm()) * radius_[b];
       const Eigen::ArrayXd score = (sigma * noise).exp() * moves;
-      const Eigen::ArrayXd floor = (2 * sigma).exp() * score / (kappa * epsilon_);
+      const Eigen::ArrayXd floor = (shape.z * sigma).exp() * score / (shape.kappa * epsilon_);
       double low = -5, high = 25;  // log of what a score is multiplied with
       Eigen::ArrayXd p;
       for (int i = 0; i < 24; ++i) {
@@ -79,7 +80,7 @@ class bits_predictor {
         (variance <= goal ? high : low) = middle;
       }
       const double read = union_of_heads * p.mean();
-      sum[b] += std::min(1.0, scan_bit * static_cast<double>(b + 1) + key * read);
+      sum[b] += std::min(1.0, scan_bit * static_cast<double>(b + 1) + costs.key * read);
     }
   }
   /// As if keys were queries that lie as far from their mean: `scale` of the logits.
@@ -92,9 +93,11 @@ class bits_predictor {
   }
 
  private:
-  static constexpr double kappa = 0.5, radius2 = 1.5;  // κ; F's quantile for rows of many dimensions
-  static constexpr double key = 3, scan_bit = 0.05;    // in the time of a row of dense attention: index_costs
-  static constexpr double union_of_heads = 2;          // rows of a group over those of a head
+  static constexpr index_costs costs{};
+  static constexpr index_shape_of_sample shape{};
+  static constexpr double radius2 = 1.5;              // F's quantile for rows of many dimensions
+  static constexpr double scan_bit = costs.scan / 2;  // which is that of 2 bits
+  static constexpr double union_of_heads = 2;         // rows of a group over those of a head
 
   // 1/sqrt(P) times ρ of every key, for each number of bits.
   void measure() {
@@ -110,11 +113,6 @@ class bits_predictor {
         r[i] = each * static_cast<double>(codes.measure(k).radius);
       }
     }
-  }
-  [[nodiscard]] static double normal(random_stream& stream) noexcept {
-    const double u = (static_cast<double>(stream.next()) + 0.5) * 0x1p-32;
-    const double v = (static_cast<double>(stream.next()) + 0.5) * 0x1p-32;
-    return std::sqrt(-2 * std::log(u)) * std::cos(6.283185307179586 * v);
   }
 
   double epsilon_;

@@ -11,6 +11,7 @@
 #include "vattn/index/cell_tables.hpp"
 #include "vattn/kernel/block.hpp"
 #include "vattn/kernel/row_sums.hpp"
+#include "vattn/sample/plan_search.hpp"
 
 namespace vattn::VATTN_ABI {
 
@@ -158,26 +159,14 @@ class plan_sample {
     return kernel::plan_sums(how_, t, static_cast<float>(1 / std::max(a, 1e-30)), static_cast<float>(1 / share), picks);
   }
 
-  // Is V with its quantile's part for few effective terms, about 1 + 8/ν₂ = 1 + 4 Σt²/V², within the goal?
   [[nodiscard]] bool enough(index_t h, bool group, double a, double share) const noexcept {
-    const kernel::plan_totals sum = sums(h, group, a, share, false);
     const auto i = static_cast<std::size_t>(h);
-    const double variance = std::max(0.0, static_cast<double>(sum.first) - total_[i]);
-    if (!(variance > 0)) return true;
-    return variance + 4 * static_cast<double>(sum.second) / variance <= goal_[i];
+    return within_goal(sums(h, group, a, share, false), total_[i], goal_[i]);
   }
 
   // The least a that is enough: 0 where the base is by itself.
   [[nodiscard]] double least(index_t h, double share, std::array<double, kernel::scan_heads>& highs) const noexcept {
-    if (enough(h, false, 0, share)) return 0;
-    double& high = highs[static_cast<std::size_t>(h)];
-    double low = high - 3;
-    while (enough(h, false, std::exp(low), share) && low > -20) high = low, low -= 3;
-    for (int i = 0; i < 5; ++i) {
-      const double middle = (low + high) / 2;
-      (enough(h, false, std::exp(middle), share) ? high : low) = middle;
-    }
-    return std::exp(high);
+    return least_enough(highs[static_cast<std::size_t>(h)], 5, [&](double a) { return enough(h, false, a, share); });
   }
 
   // Every head reads the others' rows too: how far all thresholds may rise, nats, with each head's goal still met.
@@ -190,15 +179,7 @@ class plan_sample {
       if (own > 0) g = g.min(term(h, 2) * static_cast<float>(1 / own));
       f = f.min(term(h, 3));
     }
-    if (heads_ == 1) return 0;
-    double low = 0, high = 3;
-    for (int i = 0; i < 4; ++i) {
-      const double middle = (low + high) / 2;
-      bool all = true;
-      for (index_t h = 0; h < heads_ && all; ++h) all = enough(h, true, std::exp(-middle), share);
-      (all ? low : high) = middle;
-    }
-    return low;
+    return common_rise(heads_, 3, [&](index_t h, double factor) { return enough(h, true, factor, share); });
   }
 
   [[nodiscard]] double expected_rows(double shift, double share, double cells) const noexcept {

@@ -233,25 +233,14 @@ class index_reader {
     return true;
   }
 
-  /// What the picks' keys say of a head: Σ x/π₁, the variance Σ t (x R)² if all values are read, t = 1/π₁·(1/π₁ − 1),
-  /// and the sum of the squares of its terms' shares: near 1 it rests on few picks.
-  struct weighed {
-    double x = 0, variance = 0, concentration = 0;
-  };
+  using weighed = thinning::weighed;
   /// `away2` [heads]: ‖ô − c‖², R² = r² + that. Prepares `read_values`.
   void look_at_picks(const std::array<double, max_group>& away2, std::array<weighed, max_group>& found) noexcept {
-    const Eigen::Map<const Eigen::ArrayXf> inverse(thin_.inverse(), picks_), r2(m_.reach2.data(), picks_);
     for (index_t h = 0; h < heads_; ++h) {
       float* to = thin_.weight(h);
       const float* logits = m_.logits.data() + h * m_.capacity;
       for (index_t i = 0; i < picks_; ++i) to[i] = logits[candidate(i)];
-      kernel::exponentials(how_, to, picks_, reference_[at(h)]);
-      Eigen::Map<Eigen::ArrayXf> w(to, picks_);
-      const auto x = static_cast<double>((w * inverse).sum());
-      w *= (r2 + static_cast<float>(away2[at(h)])).sqrt();
-      const float all = thin_.all_kept(h, 1).sum;
-      const float squares = all > 1e-30f ? thin_.all_kept(h, 1 / all).squares : 0;
-      found[at(h)] = {x, static_cast<double>(all), static_cast<double>(squares)};
+      found[at(h)] = thin_.weigh(h, reference_[at(h)], m_.reach2.data(), away2[at(h)]);
     }
   }
 
@@ -264,25 +253,8 @@ class index_reader {
 
   /// Which values `read_values` reads, by `goals` as there.
   void choose_values(const std::array<double, kernel::scan_heads>* goals) noexcept {
-    index_t count = 0;
-    if (goals) {
-      static_cast<void>(thin_.solve(*goals));
-      for (index_t i = 0; i < picks_; ++i) {
-        const float total = thin_.inverse_probability(i);
-        // The same number for the same row, whatever is kept beside it.
-        const auto u =
-            static_cast<float>(kernel::detail::scrambled(tables_.query.scan.numbers ^ m_.cells[candidate(i)]) >> 40) *
-            0x1p-24f;
-        const bool keep = u * total < thin_.inverse()[i];
-        m_.kept[at(count)] = static_cast<ordinal>(i);
-        count += keep ? 1 : 0;
-        m_.weights[at(i)] = keep ? total : 0;
-      }
-    } else {
-      for (; count < picks_; ++count) m_.kept[at(count)] = static_cast<ordinal>(count);
-      std::copy_n(thin_.inverse(), picks_, m_.weights.data());
-    }
-    kept_ = count;
+    kept_ = thin_.keep(
+        goals, tables_.query.scan.numbers, [&](index_t i) { return m_.cells[candidate(i)]; }, m_.kept, m_.weights);
   }
 
   /// Blocks of the picks whose values are read: `visit(cells, n, w, x, values)`, w [n] 1/π, x [heads, block_rows]
@@ -414,15 +386,6 @@ class index_reader {
   }
 
  private:
-  struct block_weights {
-    alignas(64) float w[kernel::block_rows], t[kernel::block_rows], r2[kernel::block_rows];
-    void clear() noexcept {
-      std::fill_n(w, kernel::block_rows, 0.0f);
-      std::fill_n(t, kernel::block_rows, 0.0f);
-      std::fill_n(r2, kernel::block_rows, 0.0f);
-    }
-  };
-
   [[nodiscard]] static constexpr std::size_t at(index_t i) noexcept { return static_cast<std::size_t>(i); }
   [[nodiscard]] std::size_t candidate(index_t pick) const noexcept { return std::size_t{m_.picks[at(pick)]}; }
   [[nodiscard]] std::uint64_t coins() noexcept { return (std::uint64_t{coins_.next()} << 32) | coins_.next(); }

@@ -72,8 +72,8 @@ VATTN_TARGET_AVX2 __attribute__((always_inline)) inline void sum_parts_256(const
   const std::size_t groups = static_cast<std::size_t>(codes.groups), first = static_cast<std::size_t>(head) * groups;
   const std::uint8_t *lower = q.scan.tables + first * 64, *upper = q.upper + first * 16;
   const __m256i four_bits = _mm256_set1_epi8(0x0f);
-  __m256i even[std::size_t{H}][2], odd[std::size_t{H}][2];
-  VATTN_UNROLL for (int h = 0; h < H; ++h) even[h][0] = even[h][1] = odd[h][0] = odd[h][1] = _mm256_setzero_si256();
+  key_sums_256<H> sums;
+  sums.clear();
   for (int g = 0; g < codes.groups;) {
     __m256i sum[std::size_t{H}][2];
     VATTN_UNROLL for (int h = 0; h < H; ++h) sum[h][0] = sum[h][1] = _mm256_setzero_si256();
@@ -91,19 +91,9 @@ VATTN_TARGET_AVX2 __attribute__((always_inline)) inline void sum_parts_256(const
         sum[h][1] = _mm256_add_epi8(sum[h][1], _mm256_shuffle_epi8(high, b_high));
       }
     }
-    VATTN_UNROLL for (int h = 0; h < H; ++h) {
-      VATTN_UNROLL for (int half = 0; half < 2; ++half) {
-        even[h][half] = _mm256_add_epi16(even[h][half], _mm256_and_si256(sum[h][half], _mm256_set1_epi16(0xff)));
-        odd[h][half] = _mm256_add_epi16(odd[h][half], _mm256_srli_epi16(sum[h][half], 8));
-      }
-    }
+    sums.widen(sum);
   }
-  VATTN_UNROLL for (int h = 0; h < H; ++h) {
-    VATTN_UNROLL for (int half = 0; half < 2; ++half) {
-      store_256(out.score[head + h] + 16 * half, even[h][half]);
-      store_256(out.score[head + h] + 32 + 16 * half, odd[h][half]);
-    }
-  }
+  sums.store(head, out);
 }
 template <int H>
 VATTN_TARGET_AVX2 inline void sum_cells_256(const cell_query& q, const code_blocks& codes, const std::byte* at,

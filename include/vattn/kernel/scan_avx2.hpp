@@ -28,6 +28,32 @@ VATTN_SCAN_INLINE __m256i numbers_256(const std::byte* at, int planes, int g) no
   return _mm256_or_si256(a, _mm256_or_si256(b, c));
 }
 
+// Sums of table entries of 64 keys for H heads: bytes take a few entries, 16 bits all of them, even and odd keys apart.
+template <int H>
+struct key_sums_256 {
+  __m256i even[std::size_t{H}][2], odd[std::size_t{H}][2];
+
+  VATTN_SCAN_INLINE void clear() noexcept {
+    VATTN_UNROLL for (int h = 0; h < H; ++h) even[h][0] = even[h][1] = odd[h][0] = odd[h][1] = _mm256_setzero_si256();
+  }
+  VATTN_SCAN_INLINE void widen(const __m256i (&sum)[std::size_t{H}][2]) noexcept {
+    VATTN_UNROLL for (int h = 0; h < H; ++h) {
+      VATTN_UNROLL for (int half = 0; half < 2; ++half) {
+        even[h][half] = _mm256_add_epi16(even[h][half], _mm256_and_si256(sum[h][half], _mm256_set1_epi16(0xff)));
+        odd[h][half] = _mm256_add_epi16(odd[h][half], _mm256_srli_epi16(sum[h][half], 8));
+      }
+    }
+  }
+  VATTN_SCAN_INLINE void store(int head, scanned_block& out) const noexcept {
+    VATTN_UNROLL for (int h = 0; h < H; ++h) {
+      VATTN_UNROLL for (int half = 0; half < 2; ++half) {
+        store_256(out.score[head + h] + 16 * half, even[h][half]);
+        store_256(out.score[head + h] + 32 + 16 * half, odd[h][half]);
+      }
+    }
+  }
+};
+
 // Table entries of 64 keys summed for H heads from `head` on, into their scores. With four heads, sums, numbers and a
 // quarter of a table are the sixteen registers.
 template <int H>
@@ -37,8 +63,8 @@ VATTN_SCAN_INLINE void sum_entries_256(const scan_query& q, const code_blocks& c
   static_assert(fit * scan_query::largest_entry < 256);
   const std::size_t stride = static_cast<std::size_t>(codes.groups) * 64;
   const std::uint8_t* table = q.tables + static_cast<std::size_t>(head) * stride;
-  __m256i even[std::size_t{H}][2], odd[std::size_t{H}][2];
-  VATTN_UNROLL for (int h = 0; h < H; ++h) even[h][0] = even[h][1] = odd[h][0] = odd[h][1] = _mm256_setzero_si256();
+  key_sums_256<H> sums;
+  sums.clear();
   for (int g = 0; g < codes.groups;) {
     __m256i sum[std::size_t{H}][2];
     VATTN_UNROLL for (int h = 0; h < H; ++h) sum[h][0] = sum[h][1] = _mm256_setzero_si256();
@@ -57,19 +83,9 @@ VATTN_SCAN_INLINE void sum_entries_256(const scan_query& q, const code_blocks& c
         }
       }
     }
-    VATTN_UNROLL for (int h = 0; h < H; ++h) {
-      VATTN_UNROLL for (int half = 0; half < 2; ++half) {
-        even[h][half] = _mm256_add_epi16(even[h][half], _mm256_and_si256(sum[h][half], _mm256_set1_epi16(0xff)));
-        odd[h][half] = _mm256_add_epi16(odd[h][half], _mm256_srli_epi16(sum[h][half], 8));
-      }
-    }
+    sums.widen(sum);
   }
-  VATTN_UNROLL for (int h = 0; h < H; ++h) {
-    VATTN_UNROLL for (int half = 0; half < 2; ++half) {
-      store_256(out.score[head + h] + 16 * half, even[h][half]);
-      store_256(out.score[head + h] + 32 + 16 * half, odd[h][half]);
-    }
-  }
+  sums.store(head, out);
 }
 
 // Scores of 16 keys from their sums, and the level.

@@ -11,6 +11,7 @@
 #include "vattn/kernel/row.hpp"
 #include "vattn/kernel/row_sums.hpp"
 #include "vattn/kernel/scan.hpp"
+#include "vattn/sample/plan_search.hpp"
 
 namespace vattn::VATTN_ABI {
 
@@ -38,6 +39,24 @@ class thinning {
   /// picks may be overwritten.
   [[nodiscard]] float* weight(index_t h) noexcept { return column(3 * h); }
 
+  /// What the picks' keys say of a head: Σ x/π₁, the variance Σ t (x R)² if all values are read, t = 1/π₁·(1/π₁ − 1),
+  /// and the sum of the squares of its terms' shares: near 1 it rests on few picks.
+  struct weighed {
+    double x = 0, variance = 0, concentration = 0;
+  };
+  /// Makes weights of the logits that stand in `weight(h)`: x relative to exp(reference), R² = r² + away2. `r2`
+  /// [picks].
+  [[nodiscard]] weighed weigh(index_t h, float reference, const float* r2, double away2) noexcept {
+    const Eigen::Map<const Eigen::ArrayXf> inverse_of(inverse(), n_), reach2(r2, n_);
+    kernel::exponentials(how_, weight(h), n_, reference);
+    Eigen::Map<Eigen::ArrayXf> w(weight(h), n_);
+    const auto x = static_cast<double>((w * inverse_of).sum());
+    w *= (reach2 + static_cast<float>(away2)).sqrt();
+    const float all = all_kept(h, 1).sum;
+    const float squares = all > 1e-30f ? all_kept(h, 1 / all).squares : 0;
+    return {x, static_cast<double>(all), static_cast<double>(squares)};
+  }
+
   /// Of t = scale·(x R)²/π₁·(1/π₁ − 1): head h's variance if all picks are kept.
   [[nodiscard]] kernel::variance_totals all_kept(index_t h, float scale) noexcept {
     pad(h);
@@ -62,15 +81,34 @@ class thinning {
       if (a[at(h)] > 0) group = group.min(map(column(3 * h + 2), n) * static_cast<float>(1 / a[at(h)]));
     }
     // What one head keeps serves the others: how far all may ask for less.
-    double low = 0, high = heads_ > 1 ? 2 : 0;
-    for (int i = 0; i < 4 && heads_ > 1; ++i) {
-      const double middle = (low + high) / 2;
-      bool all = true;
-      for (index_t h = 0; h < heads_ && all; ++h) all = variance(h, true, std::exp(-middle)) <= goals_[at(h)];
-      (all ? low : high) = middle;
-    }
-    shift_ = static_cast<float>(std::exp(low));
+    const double rise =
+        common_rise(heads_, 2, [&](index_t h, double factor) { return variance(h, true, factor) <= goals_[at(h)]; });
+    shift_ = static_cast<float>(std::exp(rise));
     return met;
+  }
+
+  /// Chooses the picks whose values are read: all, or with `goals`, as `solve` has them, those that are worth it. Into
+  /// `kept` their places in order, and into `weights` [picks] 1/π, 0 where the value is not read. `row_of(i)`: the same
+  /// row has the same number, by `numbers`, whatever is kept beside it. Returns how many.
+  template <class Row>
+  [[nodiscard]] index_t keep(const std::array<double, kernel::scan_heads>* goals, std::uint64_t numbers, Row&& row_of,
+                             std::span<ordinal> kept, std::span<float> weights) noexcept {
+    index_t count = 0;
+    if (goals) {
+      static_cast<void>(solve(*goals));
+      for (index_t i = 0; i < n_; ++i) {
+        const float total = inverse_probability(i);
+        const auto u = static_cast<float>(kernel::detail::scrambled(numbers ^ row_of(i)) >> 40) * 0x1p-24f;
+        const bool keeps = u * total < inverse()[i];
+        kept[at(count)] = static_cast<ordinal>(i);
+        count += keeps ? 1 : 0;
+        weights[at(i)] = keeps ? total : 0;
+      }
+    } else {
+      for (; count < n_; ++count) kept[at(count)] = static_cast<ordinal>(count);
+      std::copy_n(inverse(), n_, weights.data());
+    }
+    return count;
   }
 
   /// 1/π of pick i; its own number u in [0, 1) decides whether it is kept: u < π/π₁.

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cmath>
 #include <memory>
-#include <numbers>
 #include <vector>
 
 #include "vattn/base/floating_point.hpp"
@@ -27,10 +26,7 @@ class hyperplanes {
     const kernel::floating_point_scope standard;
     auto normals = std::make_shared<std::vector<float>>(static_cast<std::size_t>(dim * count));
     random_stream random({.seed = seed, .layer = purpose}, 0);
-    for (float& x : *normals) {  // Box and Muller; 0 is never drawn
-      const double u = (random.next() + 0.5) * 0x1p-32, angle = random.next() * (2 * std::numbers::pi * 0x1p-32);
-      x = static_cast<float>(std::sqrt(-2 * std::log(u)) * std::cos(angle));
-    }
+    for (float& x : *normals) x = static_cast<float>(random.normal());
     normals_ = std::move(normals);
   }
 

@@ -161,7 +161,7 @@ class store_sampler {
       next = weigh_enough(read, candidates);
       if (next == next_step::give_up) return;
       if (next == next_step::scan) continue;
-      read.read_picks(picks_, picks_ > few_picks ? &goals_ : nullptr);
+      read.read_picks(picks_ > few_picks ? &goals_ : nullptr);
       enter(stage::judge);
       next = judge(read, round);
       if (next == next_step::done) return;
@@ -291,7 +291,7 @@ class store_sampler {
     if (!read_fixed(read) || !read.weigh_picks(0, picks)) return false;
     read.set_probabilities(picks, 0, static_cast<float>(pilot_share));
     read.note_picks(picks, plan_);
-    read.read_picks(picks);
+    read.read_picks();
     if (!read.read_slice(first_block_, 0, pilot_blocks, &plan_)) return false;
     for (index_t g = 0; g < heads_; ++g) {
       estimate_[at(g)] = estimate(read, g, choice_.slice);

@@ -12,6 +12,7 @@
 #include "vattn/kernel/row.hpp"
 #include "vattn/kernel/row_sums.hpp"
 #include "vattn/kernel/scan.hpp"
+#include "vattn/sample/plan_search.hpp"
 
 namespace vattn::VATTN_ABI {
 
@@ -199,15 +200,7 @@ class store_planner {
       if (a[at(h)] > 0) g = g.min(map(term(h, 2), padded()) * static_cast<float>(1 / a[at(h)]));
       f = f.min(map(term(h, 3), padded()));
     }
-    if (heads_ == 1) return 0;
-    double low = 0, high = 3;
-    for (int i = 0; i < 4; ++i) {
-      const double middle = (low + high) / 2;
-      bool all = true;
-      for (index_t h = 0; h < heads_ && all; ++h) all = enough(h, true, std::exp(-middle), share);
-      (all ? low : high) = middle;
-    }
-    return low;
+    return common_rise(heads_, 3, [&](index_t h, double factor) { return enough(h, true, factor, share); });
   }
 
   // q_i; e^{scale − s − log r}, so that 1/π = that over a; and 1/floor.
@@ -263,12 +256,8 @@ class store_planner {
     return kernel::plan_sums(how_, t, static_cast<float>(1 / std::max(a, 1e-30)), static_cast<float>(1 / share), picks);
   }
 
-  // Is V with its quantile's part for few effective terms, about 1 + 8/ν₂ = 1 + 4 Σt²/V², within the goal?
   [[nodiscard]] bool enough(index_t h, bool group, double a, double share) const noexcept {
-    const kernel::plan_totals sum = sums(h, group, a, share, false);
-    const double variance = std::max(0.0, static_cast<double>(sum.first) - total_[at(h)]);
-    if (!(variance > 0)) return true;
-    return variance + 4 * static_cast<double>(sum.second) / variance <= goals_[at(h)].goal;
+    return within_goal(sums(h, group, a, share, false), total_[at(h)], goals_[at(h)].goal);
   }
 
   // The slice that is enough for all heads by itself.
@@ -285,14 +274,7 @@ class store_planner {
 
   // The least a that is enough: 0 where the slice is by itself.
   [[nodiscard]] double threshold(index_t h, double share, double& high) const noexcept {
-    if (enough(h, false, 0, share)) return 0;
-    double low = high - 3;
-    while (enough(h, false, std::exp(low), share) && low > -20) high = low, low -= 3;
-    for (int i = 0; i < 4; ++i) {
-      const double middle = (low + high) / 2;
-      (enough(h, false, std::exp(middle), share) ? high : low) = middle;
-    }
-    return std::exp(high);
+    return least_enough(high, 4, [&](double a) { return enough(h, false, a, share); });
   }
 
   kernel::isa how_;

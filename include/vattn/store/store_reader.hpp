@@ -101,7 +101,6 @@ class store_reader {
       const index_t n = std::min(kernel::block_rows, count - from);
       b.clear();
       std::fill_n(b.w, n, 1.0f);
-      std::fill_n(b.r2, kernel::block_rows, 0.0f);
       for (index_t i = 0; i < n; ++i)
         b.r2[i] = kernel::squared_distance_in(picked_.unit(), head_.value(first + from + i), head_.value_centre());
       if (!weigh({keys(), first + from, n})) return false;
@@ -198,51 +197,23 @@ class store_reader {
     }
   }
 
-  /// What weighing found of a head: Σ x/π₁, the variance Σ t (x R)² if all values are read, t = 1/π₁·(1/π₁ − 1), and
-  /// the sum of the squares of its terms' shares: near 1 it rests on few picks.
-  struct weighed {
-    double x = 0, variance = 0, concentration = 0;
-  };
+  using weighed = thinning::weighed;
   /// `away2` [heads]: ‖ô − c‖², R² = r² + that. Prepares `read_picks`.
   void look_at_picks(index_t picks, const std::array<double, max_group>& away2,
                      std::array<weighed, max_group>& found) noexcept {
-    const Eigen::Map<const Eigen::ArrayXf> inverse(thin_.inverse(), picks), r2(m_.reach2.data(), picks);
     for (index_t h = 0; h < heads_; ++h) {
-      float* to = thin_.weight(h);
-      std::copy_n(m_.logits.data() + h * m_.capacity, picks, to);
-      kernel::exponentials(how_, to, picks, reference_[at(h)]);
-      Eigen::Map<Eigen::ArrayXf> w(to, picks);
-      const auto x = static_cast<double>((w * inverse).sum());
-      w *= (r2 + static_cast<float>(away2[at(h)])).sqrt();
-      const float all = thin_.all_kept(h, 1).sum;
-      const float squares = all > 1e-30f ? thin_.all_kept(h, 1 / all).squares : 0;
-      found[at(h)] = {x, static_cast<double>(all), static_cast<double>(squares)};
+      std::copy_n(m_.logits.data() + h * m_.capacity, picks, thin_.weight(h));
+      found[at(h)] = thin_.weigh(h, reference_[at(h)], m_.reach2.data(), away2[at(h)]);
     }
   }
 
   /// The values of the picks that were weighed: all of them, or with `goals` (as `thinning` has them, after
   /// `look_at_picks`) those that are worth it.
-  void read_picks(index_t picks, const std::array<double, kernel::scan_heads>* goals = nullptr) noexcept {
+  void read_picks(const std::array<double, kernel::scan_heads>* goals = nullptr) noexcept {
     const index_t sinks = head_.sinks();
     const std::span<ordinal> kept = m_.kept;
-    index_t count = 0;
-    if (goals) {
-      static_cast<void>(thin_.solve(*goals));
-      for (index_t i = 0; i < picks; ++i) {
-        const float total = thin_.inverse_probability(i);
-        // The same number for the same row, whatever is kept beside it.
-        const auto u =
-            static_cast<float>(kernel::detail::scrambled(tables_.query.numbers ^ m_.picks[at(i)].row) >> 40) * 0x1p-24f;
-        const bool keep = u * total < thin_.inverse()[i];
-        kept[at(count)] = static_cast<ordinal>(i);
-        count += keep ? 1 : 0;
-        m_.weights[at(i)] = keep ? total : 0;
-      }
-    } else {
-      for (; count < picks; ++count) kept[at(count)] = static_cast<ordinal>(count);
-      std::copy_n(thin_.inverse(), picks, m_.weights.data());
-    }
-    read_ = count;
+    const index_t count = read_ = thin_.keep(
+        goals, tables_.query.numbers, [&](index_t i) { return m_.picks[at(i)].row; }, kept, m_.weights);
     std::array<ordinal, kernel::block_rows> index{};
     block_weights b;
     for (index_t from = 0; from < count; from += kernel::block_rows) {
@@ -260,7 +231,6 @@ class store_reader {
         certain = certain && b.w[i] <= 1;
         for (index_t h = 0; h < heads_; ++h) m_.x[at(h * kernel::block_rows + i)] = m_.logits[at(h * m_.capacity) + k];
       }
-      std::fill(b.r2 + n, b.r2 + kernel::block_rows, 0.0f);
       exponentials(n);
       picked_.add<T>(how_, m_.x.data(), b.w, certain ? nullptr : b.t, b.r2,
                      kernel::block_of_rows::gathered(values(), index.data(), n), coins(), m_.spare.data());
@@ -273,14 +243,6 @@ class store_reader {
   [[nodiscard]] index_t values_read() const noexcept { return read_; }
 
  private:
-  struct block_weights {
-    alignas(64) float w[kernel::block_rows], t[kernel::block_rows], r2[kernel::block_rows];
-    void clear() noexcept {
-      std::fill_n(w, kernel::block_rows, 0.0f);
-      std::fill_n(t, kernel::block_rows, 0.0f);
-    }
-  };
-
   // 1/π of levels down to −count.
   void tabulate_probabilities(index_t count) noexcept {
     for (; tabulated_ < std::min(count, m_.levels); tabulated_ += kernel::block_rows) {
