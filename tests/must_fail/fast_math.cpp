@@ -1,4 +1,4 @@
 // Its flags are what is wrong.
-#include <vattn/vattn.hpp>
+#include <vattn/settings.hpp>
 
 int main() { return vattn::config().validate() ? 0 : 1; }
