@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "support/catch.hpp"
+#include "support/index_changes.hpp"
 #include "vattn/vattn.hpp"
 
 namespace {
@@ -89,6 +90,10 @@ void soak(const Index& empty, index_t appends) {
 
 TEST_CASE("a million appends to rotated codes leave what a rebuild gives", "[soak]") {
   soak(vattn::sketch::key_codes<4>(dim), 1'000'000);
+}
+
+TEST_CASE("a million changes to an index beside a cache leave what a rebuild gives", "[soak]") {
+  vattn::test::check_index_changes(1'000'000);
 }
 
 TEST_CASE("a million appends to learned codes keep their errors true", "[soak]") {

@@ -43,8 +43,9 @@ class kv_index {
   explicit kv_index(const index_shape& shape) : shape_(shape) {
     if (!valid_shape()) return;
     key_.resize(static_cast<std::size_t>(shape.dk));
+    mean_.resize(key_.size());
     centres_.resize(static_cast<std::size_t>(shape.n_kv_heads * shape.dv));
-    make_heads(shape.bits == 0 ? default_bits : shape.bits);
+    heads_ = make_heads(shape.bits == 0 ? default_bits : shape.bits);
   }
 
   [[nodiscard]] const index_shape& shape() const noexcept { return shape_; }
@@ -102,8 +103,9 @@ class kv_index {
     const index_t n = cache.head(b, 0).size();
     if (shape_.bits == 0) {
       const int chosen = choose_bits(cache, queries, scale, b);
-      if (chosen != bits() && !remake_heads(chosen)) return no_memory(n);
+      if (chosen != bits() && !remake_heads(chosen, n)) return no_memory(n);
     }
+    if (status s = reserve(n); !s) return s;  // before anything is forgotten
     clear();
     for (index_t h = 0; h < shape_.n_kv_heads; ++h) measure(cache.head(b, h), h);
     built_from_ = n;
@@ -128,11 +130,7 @@ class kv_index {
       return status::error(errc::invalid_argument, "cells [%lld, %lld) of a cache of %lld: give some that it has",
                            ll(first), ll(last), ll(cache.head(b, 0).size()));
     }
-    if (last > size()) {
-      for (cell_codes& c : heads_) {
-        if (!c.resize(last)) return no_memory(last);
-      }
-    }
+    if (last > size() && !grow(last)) return no_memory(last);
     for (index_t h = 0; h < shape_.n_kv_heads; ++h) {
       const auto head = cache.head(b, h);
       for (index_t cell = first; cell < last; ++cell) write(h, cell, head.key(cell), head.value(cell));
@@ -146,11 +144,7 @@ class kv_index {
     if (status s = validate(); !s) return s;
     if (cell < 0 || cell >= (index_t{1} << 31))
       return status::error(errc::invalid_argument, "cell %lld: give one of 0 to 2^31 - 1", ll(cell));
-    if (cell >= size()) {
-      for (cell_codes& c : heads_) {
-        if (!c.resize(cell + 1)) return no_memory(cell + 1);
-      }
-    }
+    if (cell >= size() && !grow(cell + 1)) return no_memory(cell + 1);
     for (index_t h = 0; h < shape_.n_kv_heads; ++h) write(h, cell, key(h), value(h));
     return {};
   }
@@ -178,6 +172,7 @@ class kv_index {
     heads_.resize(static_cast<std::size_t>(n));
     for (cell_codes& c : heads_) c.archive(a);
     key_.resize(static_cast<std::size_t>(std::clamp<index_t>(shape_.dk, 0, index_t{1} << 20)));
+    mean_.resize(key_.size());
   }
   [[nodiscard]] bool valid() const noexcept {
     if (heads_.empty()) return !valid_shape() && centres_.empty();
@@ -203,23 +198,40 @@ class kv_index {
            shape_.dv >= 1 && shape_.dv <= (index_t{1} << 20) && shape_.bits >= 0 &&
            shape_.bits <= cell_codes::most_bits;
   }
-  void make_heads(int bits) {
+  [[nodiscard]] std::vector<cell_codes> make_heads(int bits) const {
     std::vector<cell_codes> heads;
+    heads.reserve(static_cast<std::size_t>(shape_.n_kv_heads));
     for (index_t h = 0; h < shape_.n_kv_heads; ++h)
       heads.emplace_back(shape_.dk, bits, shape_.seed + static_cast<std::uint64_t>(h));
-    heads_.swap(heads);
+    return heads;
   }
 
-  [[nodiscard]] bool remake_heads(int bits) noexcept {
+  // Heads of so many bits with room for so many cells; as it was where there is no memory.
+  [[nodiscard]] bool remake_heads(int bits, index_t cells) noexcept {
 #if VATTN_HAS_EXCEPTIONS
     try {
-      make_heads(bits);
-    } catch (...) {  // as it was
+#endif
+      std::vector<cell_codes> heads = make_heads(bits);
+      for (cell_codes& c : heads) {
+        if (!c.reserve(cells)) return false;
+      }
+      heads_.swap(heads);
+      return true;
+#if VATTN_HAS_EXCEPTIONS
+    } catch (...) {
       return false;
     }
-#else
-    make_heads(bits);
 #endif
+  }
+
+  // More cells in all heads, or in none: a head with fewer than the others would be read past its end.
+  [[nodiscard]] bool grow(index_t cells) noexcept {
+    const index_t had = size();
+    for (cell_codes& c : heads_) {
+      if (c.resize(cells)) continue;
+      truncate(had);
+      return false;
+    }
     return true;
   }
 
@@ -298,18 +310,18 @@ class kv_index {
     };
     float* centre = centres_.data() + h * shape_.dv;
     std::fill_n(centre, shape_.dv, 0.0f);
-    std::vector<float> mean(static_cast<std::size_t>(shape_.dk));
+    std::fill(mean_.begin(), mean_.end(), 0.0f);
     index_t used = 0;
     for (index_t i = 0; i < count; ++i) {
       if (!usable(cell(i))) continue;
-      axpy(1.0f, head.key(cell(i)), mean.data());
+      axpy(1.0f, head.key(cell(i)), mean_.data());
       axpy(1.0f, head.value(cell(i)), centre);
       ++used;
     }
     const float share = used > 0 ? 1 / static_cast<float>(used) : 0.0f;
-    for (float& x : mean) x *= share;
+    for (float& x : mean_) x *= share;
     for (index_t j = 0; j < shape_.dv; ++j) centre[j] *= share;
-    codes.measure_from(mean, {});
+    codes.measure_from(mean_, {});
     code_units units{0, 0, 0};
     double distance = 0;
     for (index_t i = 0; i < count; ++i) {
@@ -323,7 +335,7 @@ class kv_index {
     // Room for keys that come later.
     units.scale *= 2, units.radius *= 2;
     units.reach = static_cast<float>(distance * static_cast<double>(share));
-    codes.measure_from(mean, units);
+    codes.measure_from(mean_, units);
   }
 
   template <kernel::row K, kernel::row V>
@@ -338,7 +350,7 @@ class kv_index {
   index_t built_from_ = 0;
   std::vector<cell_codes> heads_;  // [n_kv_heads]
   std::vector<float> centres_;     // [n_kv_heads, dv]
-  std::vector<float> key_;         // [dk], of the key at hand
+  std::vector<float> key_, mean_;  // [dk]: the key at hand, the mean of a head's keys
 };
 
 }  // namespace vattn::VATTN_ABI
