@@ -12,8 +12,8 @@ configure_package_config_file(
   INSTALL_DESTINATION "${package_dir}"
   PATH_VARS CMAKE_INSTALL_INCLUDEDIR
   NO_CHECK_REQUIRED_COMPONENTS_MACRO)
-# Before 1.0 a minor version may break; headers have no architecture.
-write_basic_package_version_file("${PROJECT_BINARY_DIR}/vattnConfigVersion.cmake" COMPATIBILITY SameMinorVersion
+# docs/releases.md has the promise; headers have no architecture.
+write_basic_package_version_file("${PROJECT_BINARY_DIR}/vattnConfigVersion.cmake" COMPATIBILITY SameMajorVersion
                                  ARCH_INDEPENDENT)
 # Relative to the file itself, so that an installed tree may be moved; but a directory that was given as an absolute path
 # (as distributions with a prefix for each output do) is meant as it stands.
@@ -37,15 +37,18 @@ install(FILES "${PROJECT_BINARY_DIR}/vattnConfig.cmake" "${PROJECT_BINARY_DIR}/v
 install(FILES "${PROJECT_BINARY_DIR}/vattn.pc" DESTINATION "${pkgconfig_dir}")
 install(FILES "${PROJECT_SOURCE_DIR}/LICENSE" DESTINATION "${CMAKE_INSTALL_DOCDIR}" RENAME copyright)
 
-# `cpack --config CPackConfig.cmake` in the build directory.
+# `cpack --config CPackConfig.cmake` in the build directory: .deb and .tar.gz, each with its SHA-256 beside it.
 if(PROJECT_IS_TOP_LEVEL)
-  set(CPACK_GENERATOR DEB)
+  set(CPACK_GENERATOR DEB TGZ)
+  set(CPACK_PACKAGE_CHECKSUM SHA256)
   set(CPACK_PACKAGE_NAME libvattn-dev)
+  set(CPACK_PACKAGE_FILE_NAME "vattn-${PROJECT_VERSION}") # and the archive's only folder
   set(CPACK_PACKAGE_CONTACT "The vattn authors")
-  set(CPACK_PACKAGING_INSTALL_PREFIX /usr)
+  set(CPACK_PACKAGING_INSTALL_PREFIX /)
   set(CPACK_DEBIAN_FILE_NAME DEB-DEFAULT)
   set(CPACK_DEBIAN_PACKAGE_ARCHITECTURE all)
   set(CPACK_DEBIAN_PACKAGE_SECTION libdevel)
   set(CPACK_DEBIAN_PACKAGE_DEPENDS "libeigen3-dev (>= 3.4)")
+  set(CPACK_PROJECT_CONFIG_FILE "${CMAKE_CURRENT_LIST_DIR}/VattnPackages.cmake")
   include(CPack)
 endif()

@@ -1,4 +1,5 @@
-# The .deb: made, looked into, installed, consumed by both of its routes, removed.
+# The packages of a release. The .tar.gz: unpacked and consumed. The .deb: looked into, installed, consumed by both of its
+# routes, removed.
 # Root installs it with dpkg into a directory of its own, others unpack it. With VATTN_TEST_SYSTEM_INSTALL=1 in the
 # environment (CI does that where it is root) it is also installed into the system itself, and removed again.
 include("${CMAKE_CURRENT_LIST_DIR}/run.cmake")
@@ -6,6 +7,15 @@ file(REMOVE_RECURSE "${BUILD_DIR}")
 file(MAKE_DIRECTORY "${BUILD_DIR}")
 run("${CPACK}" --config "${VATTN_BINARY_DIR}/CPackConfig.cmake" -B "${BUILD_DIR}/made")
 set(package "${BUILD_DIR}/made/libvattn-dev_${VATTN_VERSION}_all.deb")
+set(archive "${BUILD_DIR}/made/vattn-${VATTN_VERSION}.tar.gz")
+foreach(file IN ITEMS "${package}" "${archive}")
+  file(SHA256 "${file}" sum)
+  file(READ "${file}.sha256" stated)
+  get_filename_component(name "${file}" NAME)
+  if(NOT stated STREQUAL "${sum}  ${name}\n")
+    message(FATAL_ERROR "${name}.sha256 says '${stated}', and the file's is ${sum}")
+  endif()
+endforeach()
 
 foreach(field "Package=libvattn-dev" "Version=${VATTN_VERSION}" "Architecture=all" "Section=libdevel"
               "Depends=libeigen3-dev (>= 3.4)")
@@ -18,10 +28,11 @@ foreach(field "Package=libvattn-dev" "Version=${VATTN_VERSION}" "Architecture=al
   endif()
 endforeach()
 
-# Leaves in `failures` what the consumers say, so that the package is removed before the test fails.
+# consume(<prefix> <route>...). Leaves in `failures` what the consumers say, so that the package is removed before the test
+# fails.
 function(consume root)
   set(failures "")
-  foreach(route consume pkg_config)
+  foreach(route IN LISTS ARGN)
     execute_process(
       COMMAND
         "${CMAKE_COMMAND}" "-DGENERATOR=${GENERATOR}" "-DCOMPILER=${COMPILER}" "-DSTANDARD=${STANDARD}"
@@ -36,6 +47,12 @@ function(consume root)
   set(failures "${failures}" PARENT_SCOPE)
 endfunction()
 
+file(ARCHIVE_EXTRACT INPUT "${archive}" DESTINATION "${BUILD_DIR}/unpacked")
+consume("${BUILD_DIR}/unpacked/vattn-${VATTN_VERSION}" consume)
+if(failures)
+  message(FATAL_ERROR "${failures}")
+endif()
+
 execute_process(COMMAND id -u OUTPUT_VARIABLE user OUTPUT_STRIP_TRAILING_WHITESPACE)
 set(root "${BUILD_DIR}/root")
 if(user STREQUAL "0")
@@ -45,7 +62,7 @@ if(user STREQUAL "0")
   # Its Eigen is the system's, which that directory does not know.
   set(dpkg "${DPKG}" "--root=${root}" --force-depends)
   run(${dpkg} --install "${package}")
-  consume("${root}/usr")
+  consume("${root}/usr" consume pkg_config)
   run(${dpkg} --remove libvattn-dev)
   file(GLOB_RECURSE left "${root}/usr/*")
   if(left)
@@ -53,7 +70,7 @@ if(user STREQUAL "0")
   endif()
 else()
   run("${DPKG_DEB}" --extract "${package}" "${root}")
-  consume("${root}/usr")
+  consume("${root}/usr" consume pkg_config)
 endif()
 if(failures)
   message(FATAL_ERROR "${failures}")
@@ -64,7 +81,7 @@ if(user STREQUAL "0" AND "$ENV{VATTN_TEST_SYSTEM_INSTALL}" STREQUAL "1")
     message(FATAL_ERROR "a vattn is installed: remove it before this test installs and removes its own")
   endif()
   run("${DPKG}" --install "${package}")
-  consume("")
+  consume("" consume pkg_config)
   run("${DPKG}" --remove libvattn-dev)
   if(EXISTS /usr/include/vattn OR EXISTS /usr/share/cmake/vattn OR EXISTS /usr/share/pkgconfig/vattn.pc)
     message(FATAL_ERROR "removing the package left files in the system")

@@ -2,8 +2,8 @@
 #include "vattn/macros_push.hpp"
 #pragma once
 
-#define VATTN_VERSION_MAJOR 0
-#define VATTN_VERSION_MINOR 1
+#define VATTN_VERSION_MAJOR 1
+#define VATTN_VERSION_MINOR 0
 #define VATTN_VERSION_PATCH 0
 
 // Checks of what is not finite are comparisons that these flags let a compiler remove: a NaN in a cache would then
@@ -59,7 +59,7 @@
 #endif
 
 // `inline` and the namespace of everything in vattn, headers open it by `namespace vattn::VATTN_ABI`: vattn::workspace
-// is vattn::v0_1_0_i0110000000_e1c0::workspace to the linker. So two versions of the library in one program, and units
+// is vattn::v1_0_0_i0110000000_e1c0::workspace to the linker. So two versions of the library in one program, and units
 // of it that are compiled for different instruction sets (one with -march=native, say), with and without exceptions or
 // checks, do not take each other's inline functions. An object of one is not an object of the other: pass plain data
 // between such units. Eigen's functions have no such names: docs/engines.md.
