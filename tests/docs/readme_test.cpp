@@ -21,7 +21,7 @@ TEST_CASE("README's snippet reads few rows and keeps its promise", "[docs]") {
   vattn::certificate* const certificates = proofs.data();
   const std::uint32_t step = 0;
 
-#include "readme_snippets.hpp"
+#include "snippets/README/top.hpp"
 
   REQUIRE(s.ok());
   std::vector<float> dense(outputs.size());
