@@ -7,7 +7,9 @@
 
 namespace vattn_ggml {
 
-extern const kernels attention_f32, attention_f16, attention_bf16, attention_q8_0, attention_q4_0, attention_q8_0_q4_0;
+// Null where its file is not compiled: see VATTN_LLAMACPP_TYPES.
+__attribute__((weak)) extern const kernels attention_f32, attention_f16, attention_bf16, attention_q8_0, attention_q4_0,
+    attention_q8_0_q4_0;
 
 const kernels* kernels_for(ggml_type k, ggml_type v) noexcept {
   if (k == GGML_TYPE_Q8_0 && v == GGML_TYPE_Q4_0) return &attention_q8_0_q4_0;

@@ -14,11 +14,13 @@ double since(clock::time_point start) { return std::chrono::duration<double>(clo
 
 constexpr index_t most_queries = 16;  // of a node: decode, several sequences, drafts; more is prefill
 constexpr index_t most_head_size = 1024;
-constexpr index_t least_cells = 512;     // below, a node takes microseconds, and ggml's own is as good
-constexpr index_t least_visible = 5120;  // from here codes are faster than exact attention by our kernels
-constexpr index_t coding_steps = 24;     // over which the codes of a context are spread
-constexpr index_t unit_rows = 512;       // of which a layer's units are taken
-constexpr index_t most_parts = 4;        // of a KV head's query heads, where there are more threads than KV heads
+constexpr index_t least_cells = 512;            // below, a node takes microseconds, and ggml's own is as good
+constexpr index_t least_visible = 5120;         // from here codes are faster than exact attention by our kernels
+constexpr index_t coding_steps = 24;            // over which the codes of a context are spread, at least
+constexpr index_t coding_steps_quantised = 64;  // where exact attention is not that much faster than ggml's
+constexpr index_t least_coded = 256;            // cells a step
+constexpr index_t unit_rows = 512;              // of which a layer's units are taken
+constexpr index_t most_parts = 4;  // of a KV head's query heads, where there are more threads than KV heads
 
 vattn::ggml_layout layout(const ggml_tensor* t) { return {t->data, t->ne, t->nb}; }
 
@@ -52,10 +54,7 @@ bool graph_attention::takes(const ggml_tensor* node, const kernels*& how) const 
                       q->nb[0] == sizeof(float) && (!mask || (mask->nb[0] == 2 && mask->ne[1] >= q->ne[1])) &&
                       (!mask || mask->ne[0] >= k->ne[1]) && (!sinks || sinks->nb[0] == sizeof(float));
   // ALiBi, and values that are a view of the keys (MLA), are ggml's.
-  if (!types || !shapes || bias != 0 || root_of(k) == root_of(v)) return false;
-  // Rows of q4_0 are decoded one by one, which takes exact attention longer than ggml's: codes are worth it.
-  const bool decoded = k->type == GGML_TYPE_Q4_0 || v->type == GGML_TYPE_Q4_0;
-  return !decoded || (settings_.mode == run_mode::verified && k->ne[1] >= least_visible && is_cache(root_of(k)));
+  return types && shapes && bias == 0 && root_of(k) != root_of(v);
 }
 
 void graph_attention::take(ggml_tensor* node, const kernels* how) {
@@ -157,8 +156,15 @@ void graph_attention::serve(call& c, team::executor_of_team& threads) noexcept {
     n.mask_only_hides = s.only_hides;
     index_t most = 0;
     for (const sight::line& l : s.lines) most = std::max(most, l.visible);
-    if (c.layer && most >= least_visible) verified = verify(c, n, s, threads);
-    if (!verified) exactly(c, n, &s, threads);
+    const bool codes = c.layer && most >= least_visible;
+    if (codes) verified = verify(c, n, s, threads);
+    if (!verified) {
+      const clock::time_point exact = clock::now();
+      exactly(c, n, &s, threads);
+      double rows = 0;
+      for (const sight::line& l : s.lines) rows += static_cast<double>(l.visible * n.heads());
+      if (codes) report::instance().exact_took(since(exact), rows);
+    }
   } catch (...) {  // no memory for what is kept beside the cache
     verified = false;
     exactly(c, n, nullptr, threads);
@@ -268,7 +274,8 @@ bool graph_attention::bring_up(call& c, const attention_node& n, const sight& s,
       w.build = false, w.ready = false;  // a layer at a time
       continue;
     }
-    const index_t most = std::max<index_t>(256, visible / coding_steps);
+    const bool quantised = c.node->src[1]->type == GGML_TYPE_Q8_0 || c.node->src[1]->type == GGML_TYPE_Q4_0;
+    const index_t most = std::max(least_coded, visible / (quantised ? coding_steps_quantised : coding_steps));
     w.ready = w.build ? false : missing <= most;
     for (std::size_t i = 0; i < seen.size() && static_cast<index_t>(coding.size()) < most; ++i) {
       if (w.build) break;
@@ -346,14 +353,7 @@ bool graph_attention::verify(call& c, const attention_node& n, const sight& s, t
   layer_cache& layer = *c.layer;
   const index_t kv_heads = n.kv_heads(), group = n.group(), slots = n.streams() * n.queries(), heads = n.heads();
   ++layer.step;
-  if (!bring_up(c, n, s, threads)) {
-    const clock::time_point start = clock::now();
-    exactly(c, n, &s, threads);
-    double rows = 0;
-    for (const sight::line& l : s.lines) rows += static_cast<double>(l.visible * heads);
-    report::instance().exact_took(since(start), rows);
-    return false;
-  }
+  if (!bring_up(c, n, s, threads)) return false;
   // Query heads of a KV head are attended together, at most 8; apart where threads would have nothing to do.
   index_t parts = (group + vattn::max_group - 1) / vattn::max_group;
   while (2 * parts <= std::min(group, most_parts) && slots * kv_heads * parts < threads.workers()) parts *= 2;
@@ -406,6 +406,7 @@ bool graph_attention::verify(call& c, const attention_node& n, const sight& s, t
 }
 
 void graph_attention::exactly(call& c, const attention_node& n, const sight* s, team::executor_of_team& threads) {
+  report::instance().add([&] { ++c.counts->exact; });
   attention_node node = n;
   if (s) {
     index_t last = 0;

@@ -28,10 +28,11 @@ using number = unsigned long long;
 double share(double part, double of) { return of > 0 ? part / of : 0; }
 
 struct totals {
-  number calls = 0, verified = 0, heads = 0, dense = 0, rows = 0, rows_read = 0, coded = 0, stale = 0, plain = 0;
+  number calls = 0, verified = 0, exact = 0, heads = 0, dense = 0, rows = 0, rows_read = 0, coded = 0, stale = 0,
+         plain = 0;
   double seconds = 0, verified_seconds = 0;
   void add(const layer_counts& l) {
-    calls += l.calls, verified += l.verified, heads += l.heads, dense += l.dense, rows += l.rows;
+    calls += l.calls, verified += l.verified, exact += l.exact, heads += l.heads, dense += l.dense, rows += l.rows;
     rows_read += l.rows_read, coded += l.coded, stale += l.stale, plain += l.plain;
     seconds += l.seconds, verified_seconds += l.verified_seconds;
   }
@@ -113,9 +114,10 @@ std::string report::json() {
     if (l) t.add(*l);
   }
   const auto counts = [](const auto& c) {
-    return format("\"calls\": %llu, \"verified\": %llu, \"outputs\": %llu, \"dense\": %llu, \"rows\": %llu, ",
-                  static_cast<number>(c.calls), static_cast<number>(c.verified), static_cast<number>(c.heads),
-                  static_cast<number>(c.dense), static_cast<number>(c.rows)) +
+    return format("\"calls\": %llu, \"verified\": %llu, \"exact\": %llu, \"outputs\": %llu, ",
+                  static_cast<number>(c.calls), static_cast<number>(c.verified), static_cast<number>(c.exact),
+                  static_cast<number>(c.heads)) +
+           format("\"dense\": %llu, \"rows\": %llu, ", static_cast<number>(c.dense), static_cast<number>(c.rows)) +
            format("\"rows_read\": %llu, \"cells_coded\": %llu, \"stale\": %llu, \"not_finite\": %llu, ",
                   static_cast<number>(c.rows_read), static_cast<number>(c.coded), static_cast<number>(c.stale),
                   static_cast<number>(c.plain)) +

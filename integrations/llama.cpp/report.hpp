@@ -16,6 +16,7 @@ namespace vattn_ggml {
 struct layer_counts {
   explicit layer_counts(double share) : audit(share) {}
   std::uint64_t calls = 0, verified = 0;          ///< of all queries of a node; those that used an index
+  std::uint64_t exact = 0;                        ///< passes over all rows, for the others
   std::uint64_t heads = 0, dense = 0;             ///< outputs that an index was asked for; of these, read in full
   std::uint64_t rows = 0, rows_read = 0;          ///< of those outputs: visible, and read
   std::uint64_t coded = 0, stale = 0, plain = 0;  ///< cells coded; times that codes were found stale; unready numbers

@@ -30,9 +30,10 @@ namespace vattn::VATTN_ABI {
 // A block is what kernel/cell_scan.hpp reads for 64 cells:
 //   planes  u8 [planes][64]   byte k of a plane is cell k's. Groups 0 .. planes − 1 are the planes' bits 0–5; group
 //                             planes + e has its bits 0–1, 2–3, 4–5 in bits 6–7 of the planes 3e, 3e + 1, 3e + 2
-//   scale   i16 [64]          α in units of `scale_unit`/32767, in lane order
+//   lengths u16 [64]          bits 7–15: α in units of `scale_unit`·64/32767; bits 0–6: ρ in units of
+//                             `radius_unit`·256/32767, rounded up; in lane order (kernel/cell_scan_block.hpp)
 //   reach   i16 [64]          512·ln(‖v − c‖/reach_unit), the value's distance from a fixed centre, in lane order
-//   radius  i16 [64]          ρ in units of `radius_unit`/32767, rounded up, in lane order
+// ρ is of the α that is stored, so that rounding is among what it states.
 // Lane order: even cells first, then the odd ones; it spares the scan a shuffle.
 //
 // What a cell holds is a function of its key, its value and the units alone, never of what was there before or beside
@@ -54,7 +55,7 @@ struct cell_layout {
     while (planes + planes / 3 < groups) ++planes;
   }
   [[nodiscard]] std::size_t block_bytes() const noexcept {
-    return static_cast<std::size_t>(planes) * kernel::scan_keys + 3 * 2 * kernel::scan_keys;
+    return static_cast<std::size_t>(planes) * kernel::scan_keys + 2 * 2 * kernel::scan_keys;
   }
 };
 
@@ -137,7 +138,7 @@ class cell_codes {
   };
   [[nodiscard]] measured measure(std::span<const float> key) noexcept {
     const encoded e = encode(key);
-    return {e.scale, e.radius};
+    return {e.scale, e.radius(e.scale)};
   }
 
   /// The code of a cell below size(): `key` [dim], and how far its value is from the values' centre. False: it has no
@@ -145,9 +146,14 @@ class cell_codes {
   bool set(index_t cell, std::span<const float> key, float distance) noexcept {
     erase(cell);
     const encoded e = encode(key);
+    using kernel::cell_lengths;
     // Also false where one of them is not a number.
-    if (!(e.scale <= units_.scale && e.radius <= units_.radius && distance < std::numeric_limits<float>::max()))
-      return false;
+    if (!(e.scale <= units_.scale && distance < std::numeric_limits<float>::max())) return false;
+    const float each = units_.scale * cell_lengths::scale_step;
+    const auto scale = static_cast<unsigned>(std::min(cell_lengths::most_scale, std::round(e.scale / each)));
+    const float radius =
+        std::ceil(e.radius(static_cast<float>(scale) * each) / (units_.radius * cell_lengths::radius_step));
+    if (!(radius <= cell_lengths::most_radius)) return false;
     std::byte* to = block(cell);
     const auto k = static_cast<std::size_t>(cell % kernel::scan_keys);
     for (int g = 0; g < layout_.groups; ++g) {
@@ -161,10 +167,9 @@ class cell_codes {
       put(to, k, g, number);
     }
     const std::size_t l = lane(k);
-    lanes(to, 0)[l] = static_cast<std::int16_t>(std::lround(e.scale / units_.scale * 32767));
+    lanes(to, 0)[l] = cell_lengths::word(scale, static_cast<unsigned>(radius));
     const float log_reach = std::log(std::max(distance, 1e-30f) / units_.reach);
     lanes(to, 1)[l] = static_cast<std::int16_t>(std::clamp(std::lround(512 * log_reach), -32767l, 32767l));
-    lanes(to, 2)[l] = static_cast<std::int16_t>(std::min(32767.0f, std::ceil(e.radius / units_.radius * 32767)));
     coded_[at(cell / kernel::scan_keys)] |= std::uint64_t{1} << k;
     return true;
   }
@@ -175,14 +180,14 @@ class cell_codes {
     for (std::size_t p = 0; p < static_cast<std::size_t>(layout_.planes); ++p)
       to[p * kernel::scan_keys + k] = std::byte{0};
     const std::size_t l = lane(k);
-    lanes(to, 0)[l] = lanes(to, 2)[l] = 0;
+    lanes(to, 0)[l] = 0;
     lanes(to, 1)[l] = no_reach;
     coded_[at(cell / kernel::scan_keys)] &= ~(std::uint64_t{1} << k);
   }
 
   [[nodiscard]] float radius(index_t cell) const noexcept {
-    return static_cast<float>(lanes(block(cell), 2)[lane(static_cast<std::size_t>(cell % kernel::scan_keys))]) *
-           units_.radius / 32767;
+    const auto word = lanes(block(cell), 0)[lane(static_cast<std::size_t>(cell % kernel::scan_keys))];
+    return static_cast<float>(kernel::cell_lengths::radius(word)) * units_.radius / 32767;
   }
   /// The value's distance from the centre, to 0.1 %.
   [[nodiscard]] float reach(index_t cell) const noexcept {
@@ -202,7 +207,7 @@ class cell_codes {
       }
       sum += static_cast<float>(2 * static_cast<int>(u) - top()) * rotated[static_cast<std::size_t>(j)];
     }
-    return sum * static_cast<float>(lanes(from, 0)[lane(k)]) * units_.scale / 32767;
+    return sum * static_cast<float>(kernel::cell_lengths::scale(lanes(from, 0)[lane(k)])) * units_.scale / 32767;
   }
 
   /// Rq of a query [dim] into `rotated` [width]; returns ⟨q, μ⟩, since scores are of k − μ.
@@ -247,8 +252,14 @@ class cell_codes {
 
  private:
   static constexpr std::int16_t no_reach = -32768;
+  // α, and of the key y and its levels c what ρ is made of.
   struct encoded {
-    float scale = 0, radius = 0;
+    float scale = 0, square = 0, along = 0, norm2 = 0;  // ‖y‖², ⟨c, y⟩, ‖c‖²
+    /// ‖y − αc‖, and room for sums of rounded squares.
+    [[nodiscard]] float radius(float alpha) const noexcept {
+      const float left = square - 2 * alpha * along + alpha * alpha * norm2;
+      return std::sqrt(std::max(0.0f, left)) + 1e-6f * std::sqrt(square);
+    }
   };
 
   [[nodiscard]] static constexpr std::size_t at(index_t i) noexcept { return static_cast<std::size_t>(i); }
@@ -329,7 +340,7 @@ class cell_codes {
     all -= Eigen::Map<const Eigen::ArrayXf>(mean_.data(), width);
     const float square = all.square().sum();
     constexpr float infinite = std::numeric_limits<float>::infinity();
-    if (!(square < 1e34f)) return {infinite, infinite};  // squares of what is larger overflow below
+    if (!(square < 1e34f)) return {infinite, infinite, 0, 0};  // squares of what is larger overflow below
     // Half steps of optimal uniform quantisers of a normal variable, in standard deviations (Max 1960).
     constexpr float half_steps[] = {1.0f, 0.7979f, 0.4979f, 0.2930f, 0.1676f};
     const float half = half_steps[layout_.bits];
@@ -345,10 +356,7 @@ class cell_codes {
     // Where hardly anything of y lies in the coded coordinates, unbiasedness would cost a huge error.
     const bool hidden = along * along < 0.05f * square * norm2;
     const float alpha = square > 0 ? (hidden ? std::max(0.0f, along / norm2) : square / along) : 0;
-    const float left = square - 2 * alpha * along + alpha * alpha * norm2;
-    // Sums of rounded squares, and α that is rounded to 1/32767 of its unit.
-    const float rounding = 1e-6f * std::sqrt(square) + units_.scale / 65534 * std::sqrt(norm2);
-    return {alpha, std::sqrt(std::max(0.0f, left)) + rounding};
+    return {alpha, square, along, norm2};
   }
 
   sketch::random_rotation rotation_;

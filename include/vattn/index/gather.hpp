@@ -21,9 +21,9 @@ template <kernel::element T, std::size_t E>
 struct element_of_row<std::span<const T, E>> {
   using type = T;
 };
-template <>
-struct element_of_row<kernel::block_row<kernel::q8_0_block>> {
-  using type = kernel::q8_0_block;
+template <kernel::quantised_block B>
+struct element_of_row<kernel::block_row<B>> {
+  using type = B;
 };
 }  // namespace detail
 
@@ -33,7 +33,7 @@ struct element_of_row<kernel::block_row<kernel::q8_0_block>> {
 }
 
 /// Blocks of rows of a KV head. Rows that a strided head's block kernels read in place are not copied; others are, as
-/// they are where kernels know their elements (pages, rings), else decoded to float (q4_0, FP8, transposed values).
+/// they are where kernels know their elements (pages, rings), else decoded to float (FP8, transposed values).
 template <kv_head Head>
 class row_gatherer {
   using key_row = std::remove_cvref_t<decltype(std::declval<const Head&>().key(0))>;

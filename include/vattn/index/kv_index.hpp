@@ -24,8 +24,8 @@ struct index_shape {
 };
 
 /// Codes for one layer's KV heads and one sequence, or a whole cache of cells: cell c is token c of the views that it
-/// is built from and used with. Holds nothing of the rows: 39 bytes a cell and KV head at 2 bits and head size 128, a
-/// thirteenth of a cache of 16 bits. A row that has no code here costs a call time, never its promise: rows that a
+/// is built from and used with. Holds nothing of the rows: 37 bytes a cell and KV head at 2 bits and head size 128, a
+/// fourteenth of a cache of 16 bits. A row that has no code here costs a call time, never its promise: rows that a
 /// query sees and the index does not know are read for certain. A code that no longer says what the row is (a cell that
 /// was written again without `update`) is what callers must avoid; rows that are read anyway are checked for it.
 ///
@@ -163,7 +163,7 @@ class kv_index {
   }
   void clear() noexcept { truncate(0); }
 
-  static constexpr std::string_view format() noexcept { return "kv index v1"; }
+  static constexpr std::string_view format() noexcept { return "kv index v2"; }
   template <class Archive>
   void archive(Archive& a) {
     std::uint64_t n = heads_.size();

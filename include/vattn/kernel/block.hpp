@@ -36,8 +36,9 @@ struct block_queries {
 /// rows of bfloat16 are exact in half the instructions; it is recognised by what is left when the scale is taken
 /// off again. Other queries keep their float. `q` and `storage` must outlive the result.
 template <block_element T>
-[[nodiscard]] inline block_queries prepare_queries(isa how, const float* q, index_t groups, index_t dim, float scale,
-                                                   std::span<float> storage) noexcept {
+requires(!std::same_as<T, q4_0_block>) [[nodiscard]] inline block_queries
+    prepare_queries(isa how, const float* q, index_t groups, index_t dim, float scale,
+                    std::span<float> storage) noexcept {
   block_queries out{.how = how, .groups = groups, .dim = dim, .values = q};
 #if VATTN_DISPATCH
   if (how < isa::avx512) return out;
@@ -86,7 +87,8 @@ template <block_element T>
 
 /// out[g, i] = q_g·k_i, out [groups, block_rows]; places from `rows.count` on may be overwritten.
 template <block_element T>
-inline void block_logits(const block_queries& q, const block_of_rows& rows, float* out) noexcept {
+requires(!std::same_as<T, q4_0_block>) inline void block_logits(const block_queries& q, const block_of_rows& rows,
+                                                                float* out) noexcept {
 #if VATTN_DISPATCH
   if constexpr (std::same_as<T, q8_0_block>) {
     if (q.digits) return detail::logits_digits(q.digits, q.groups, q.dim, rows, out);
@@ -111,8 +113,9 @@ inline void block_logits(const block_queries& q, const block_of_rows& rows, floa
 
 /// acc[g] += Σ_i x[g, i]·v_i: x [groups, block_rows] weights, rows of dim elements of T, acc [groups, dim].
 template <block_element T>
-inline void block_add(isa how, const float* x, index_t groups, const block_of_rows& rows, index_t dim,
-                      float* acc) noexcept {
+requires(!std::same_as<T, q4_0_block>) inline void block_add(isa how, const float* x, index_t groups,
+                                                             const block_of_rows& rows, index_t dim,
+                                                             float* acc) noexcept {
 #if VATTN_DISPATCH
   if (how >= isa::avx512) return detail::add_avx512<T>(x, groups, rows, dim, acc);
   if (how == isa::avx2) return detail::add_avx2<T>(x, groups, rows, dim, acc);
@@ -128,6 +131,36 @@ inline void block_add(isa how, const float* x, index_t groups, const block_of_ro
     }
   }
 #endif
+}
+
+// Rows of q4_0 are those of q8_0 once they are widened; of ones that are too wide for that, queries stay as they are.
+template <std::same_as<q4_0_block> T>
+[[nodiscard]] inline block_queries prepare_queries(isa how, const float* q, index_t groups, index_t dim, float scale,
+                                                   std::span<float> storage) noexcept {
+  if (dim <= detail::widest_widened) return prepare_queries<q8_0_block>(how, q, groups, dim, scale, storage);
+  return {.how = how, .groups = groups, .dim = dim, .values = q};
+}
+template <std::same_as<q4_0_block> T>
+inline void block_logits(const block_queries& q, const block_of_rows& rows, float* out) noexcept {
+  if (q.dim <= detail::widest_widened) {
+    return detail::for_widened(
+        rows, q.dim, [&](index_t first, const block_of_rows& wide) { block_logits<q8_0_block>(q, wide, out + first); });
+  }
+  detail::for_decoded(rows, q.dim, [&](index_t i, const block_row<T>& row) {
+    for (index_t g = 0; g < q.groups; ++g) out[g * block_rows + i] = dot(q.values + g * q.dim, row);
+  });
+}
+template <std::same_as<q4_0_block> T>
+inline void block_add(isa how, const float* x, index_t groups, const block_of_rows& rows, index_t dim,
+                      float* acc) noexcept {
+  if (dim <= detail::widest_widened) {
+    return detail::for_widened(rows, dim, [&](index_t first, const block_of_rows& wide) {
+      block_add<q8_0_block>(how, x + first, groups, wide, dim, acc);
+    });
+  }
+  detail::for_decoded(rows, dim, [&](index_t i, const block_row<T>& row) {
+    for (index_t g = 0; g < groups; ++g) axpy(x[g * block_rows + i], row, acc + g * dim);
+  });
 }
 
 /// x[i] = exp(x[i] − top) for i < n, and their sum; relative error below 5e-7, 0 below e^−87. x [block_rows], top no

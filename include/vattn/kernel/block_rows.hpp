@@ -52,11 +52,11 @@ struct block_of_rows {
   }
 };
 
-/// Types of rows that block kernels read.
+/// Types of rows that block kernels read; of q4_0 by way of q8_0.
 template <class T>
-concept block_element = element<T> || std::same_as<T, q8_0_block>;
+concept block_element = element<T> || quantised_block<T>;
 
-/// Bytes of `dim` elements, of q8_0 a multiple of 32.
+/// Bytes of `dim` elements, of quantised rows a multiple of 32.
 template <block_element T>
 [[nodiscard]] constexpr index_t row_bytes(index_t dim) noexcept {
   constexpr index_t per = quantised_block<T> ? static_cast<index_t>(block_elements) : 1;
@@ -88,6 +88,44 @@ template <block_element T>
       return bfloat16_to_float(std::bit_cast<std::uint16_t>(x));
     }
   }
+}
+
+// The same numbers: d·(nibble − 8) has a quant of q8_0.
+inline void widen(const q4_0_block& from, q8_0_block& to) noexcept {
+  constexpr std::size_t half = block_elements / 2;
+  std::uint8_t nibbles[half];
+  std::int8_t quants[block_elements];
+  std::memcpy(nibbles, from.quants, half);
+  for (std::size_t j = 0; j < half; ++j) quants[j] = static_cast<std::int8_t>((nibbles[j] & 0x0f) - 8);
+  for (std::size_t j = 0; j < half; ++j) quants[half + j] = static_cast<std::int8_t>((nibbles[j] >> 4) - 8);
+  to.scale = from.scale;
+  std::memcpy(to.quants, quants, block_elements);
+}
+
+// Rows of q4_0 that are wider than this are decoded one by one.
+inline constexpr index_t widest_widened = 1024;
+
+// visit(first, rows): the rows of q4_0 as rows of q8_0 on the stack, as many at a time as fit, a multiple of 16.
+template <class Visit>
+inline void for_widened(const block_of_rows& rows, index_t dim, Visit&& visit) noexcept {
+  constexpr index_t capacity = 16 * widest_widened / 32;
+  q8_0_block wide[capacity];
+  const index_t blocks = dim / 32, most = std::min(block_rows, capacity / std::max<index_t>(1, blocks) / 16 * 16);
+  const strided_rows all{reinterpret_cast<const std::byte*>(wide), blocks * static_cast<index_t>(sizeof wide[0])};
+  for (index_t first = 0; first < rows.count; first += most) {
+    const index_t n = std::min(most, rows.count - first);
+    for (index_t i = 0; i < n; ++i) {
+      const auto* from = reinterpret_cast<const q4_0_block*>(row_at(rows, first + i));
+      for (index_t b = 0; b < blocks; ++b) widen(from[b], wide[i * blocks + b]);
+    }
+    visit(first, block_of_rows(all, 0, n));
+  }
+}
+// visit(i, row), one by one.
+template <class Visit>
+inline void for_decoded(const block_of_rows& rows, index_t dim, Visit&& visit) noexcept {
+  for (index_t i = 0; i < rows.count; ++i)
+    visit(i, block_row(reinterpret_cast<const q4_0_block*>(row_at(rows, i)), static_cast<std::size_t>(dim)));
 }
 
 // Fetches memory for rows that are about to be read. One core keeps 16 to 24 lines on their way, half of what the

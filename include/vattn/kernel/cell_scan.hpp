@@ -20,13 +20,15 @@ namespace detail {
 inline void judge_cells(const cell_query& q, const std::int16_t* lanes, scanned_cells& out) noexcept {
   std::int16_t level[scan_keys];
   for (int i = 0; i < scan_keys; ++i) level[i] = -32768;
-  const std::int16_t* radius = lanes + 2 * scan_keys;
+  std::int16_t scale[scan_keys], radius[scan_keys];
+  for (int i = 0; i < scan_keys; ++i)
+    scale[i] = cell_lengths::scale(lanes[i]), radius[i] = cell_lengths::radius(lanes[i]);
   for (int h = 0; h < q.scan.heads; ++h) {
     std::int16_t* score = out.score[h];
     const auto at = static_cast<std::size_t>(h);
     const int bias = q.scan.bias[at], plain = q.plain[at], floor = q.floor[at], slack = q.slack[at];
     for (int i = 0; i < scan_keys; ++i) {
-      const int s = multiply_round(saturate(16 * score[i] + bias), lanes[i]);
+      const int s = multiply_round(saturate(16 * score[i] + bias), scale[i]);
       score[i] = static_cast<std::int16_t>(s);
       const int high = saturate(s + multiply_round(radius[i], slack)) - floor;
       level[i] = std::max(level[i], saturate(std::max(s - plain, high)));
@@ -117,7 +119,9 @@ VATTN_TARGET_AVX2 inline void scan_cells_avx2(const cell_query& q, const code_bl
   std::uint32_t taken[4];
   VATTN_UNROLL for (int part = 0; part < 4; ++part) {
     const int lane = 16 * part;
-    const __m256i alpha = load_256(lanes + lane), radius = load_256(lanes + 2 * scan_keys + lane);
+    const __m256i lengths = load_256(lanes + lane);
+    const __m256i alpha = _mm256_and_si256(_mm256_srli_epi16(lengths, 1), _mm256_set1_epi16(0x7fc0));
+    const __m256i radius = _mm256_and_si256(_mm256_slli_epi16(lengths, 8), _mm256_set1_epi16(0x7f00));
     const __m256i reach = _mm256_max_epi16(
         _mm256_mulhrs_epi16(load_256(lanes + scan_keys + lane), _mm256_set1_epi16(q.scan.reach_factor)),
         _mm256_set1_epi16(q.scan.least_reach));
@@ -158,7 +162,9 @@ inline void scan_cells_neon(const cell_query& q, const code_blocks& codes, index
   uint16x8_t taken[8];
   for (int part = 0; part < 8; ++part) {
     const int lane = 8 * part;
-    const int16x8_t alpha = vld1q_s16(lanes + lane), radius = vld1q_s16(lanes + 2 * scan_keys + lane);
+    const uint16x8_t lengths = vreinterpretq_u16_s16(vld1q_s16(lanes + lane));
+    const int16x8_t alpha = vreinterpretq_s16_u16(vandq_u16(vshrq_n_u16(lengths, 1), vdupq_n_u16(0x7fc0)));
+    const int16x8_t radius = vreinterpretq_s16_u16(vandq_u16(vshlq_n_u16(lengths, 8), vdupq_n_u16(0x7f00)));
     const int16x8_t reach = vmaxq_s16(vqrdmulhq_n_s16(vld1q_s16(lanes + scan_keys + lane), q.scan.reach_factor),
                                       vdupq_n_s16(q.scan.least_reach));
     int16x8_t level = vdupq_n_s16(-32768);
@@ -230,7 +236,7 @@ struct cell_candidates {
       const index_t to = out.size++;
       out.cell[to] = static_cast<ordinal>(block * scan_keys + i);
       out.reach[to] = lanes[scan_keys + lane];
-      out.radius[to] = lanes[2 * scan_keys + lane];
+      out.radius[to] = cell_lengths::radius(lanes[lane]);
       out.noise[to] = static_cast<std::int16_t>(detail::multiply_round(b.noise[lane], q.scan.noise_factor));
       for (int h = 0; h < q.scan.heads; ++h) out.score[h * out.capacity + to] = b.score[h][lane];
     }

@@ -33,8 +33,12 @@ VATTN_SCAN inline void scan_cells_512(const cell_query& q, const code_blocks& co
   for (; g < codes.groups; ++g)
     add_groups<H, 1, true>(at, q.scan.tables + g * 64, stride, g - codes.planes, ahead + g * scan_keys, sums);
 
-  const __m512i alpha_even = load(lanes), alpha_odd = load(lanes + 64);
-  const __m512i rho_even = load(lanes + 256), rho_odd = load(lanes + 320);
+  const __m512i lengths_even = load(lanes), lengths_odd = load(lanes + 64);
+  const __m512i alpha_bits = _mm512_set1_epi16(0x7fc0), rho_bits = _mm512_set1_epi16(0x7f00);
+  const __m512i alpha_even = _mm512_and_si512(_mm512_srli_epi16(lengths_even, 1), alpha_bits);
+  const __m512i alpha_odd = _mm512_and_si512(_mm512_srli_epi16(lengths_odd, 1), alpha_bits);
+  const __m512i rho_even = _mm512_and_si512(_mm512_slli_epi16(lengths_even, 8), rho_bits);
+  const __m512i rho_odd = _mm512_and_si512(_mm512_slli_epi16(lengths_odd, 8), rho_bits);
   const __m512i reach = _mm512_set1_epi16(q.scan.reach_factor), least = _mm512_set1_epi16(q.scan.least_reach);
   __m512i level_even = _mm512_set1_epi16(-32768), level_odd = level_even;
   VATTN_UNROLL for (int h = 0; h < H; ++h) {

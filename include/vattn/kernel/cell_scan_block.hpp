@@ -13,6 +13,22 @@ namespace vattn::VATTN_ABI::kernel {
 // so that a cell's probability is π = min(1, e^{level·step}) exactly: see `inclusion` in scan.hpp. For growing levels
 // samples are nested.
 
+/// α and ρ of a cell in a word, and what a scan multiplies with: both in 1/32767 of their units.
+struct cell_lengths {
+  static constexpr float scale_step = 64.0f / 32767, radius_step = 256.0f / 32767;
+  static constexpr float most_scale = 511, most_radius = 127;
+
+  [[nodiscard]] static constexpr std::int16_t word(unsigned scale, unsigned radius) noexcept {
+    return static_cast<std::int16_t>(static_cast<std::uint16_t>(scale << 7 | radius));
+  }
+  [[nodiscard]] static constexpr std::int16_t scale(std::int16_t word) noexcept {
+    return static_cast<std::int16_t>(static_cast<std::uint16_t>(word) >> 1 & 0x7fc0);
+  }
+  [[nodiscard]] static constexpr std::int16_t radius(std::int16_t word) noexcept {
+    return static_cast<std::int16_t>((word & 0x7f) << 8);
+  }
+};
+
 /// What a scan asks. `scan` without its thresholds.
 struct cell_query {
   scan_query scan;

@@ -2,12 +2,12 @@
 //   driver load    --libs DIR --model FILE                     loads, decodes a little, prints the last logits' sum
 //   driver logits  ... --text FILE --count N --batch B --out F all logits of the first N bytes, B at a time
 //   driver greedy  ... --text FILE --prompt N --count M        M bytes after N, each the likeliest
-//   driver prompts ... --prompts FILE --length N --limit L     questions of prompts.jsonl, how many are answered
-//   driver bench   ... --text FILE --fill N --steps M          decode speed at N tokens (--filled S: sequences of N
-//   each) driver events  ... --steps N --seed S                      random events in a cache, attention checked in
-//   double
-// Common: --type f16|f32|bf16|q8_0|q4_0|q8_0+q4_0, --context N, --threads N, --sequences N, --unified 0|1, --flash
-// on|auto|off
+//   driver prompts ... --prompts FILE --length N --limit L     questions of prompts.jsonl: which are answered
+//   (answers.py) driver bench   ... --text FILE --fill N --steps M          decode speed at N tokens (--filled S: in S
+//   sequences) driver events  ... --steps N --seed S                      random events in a cache, attention checked
+//   in double
+// Common: --type f16|f32|bf16|q8_0|q4_0|q8_0+q4_0, --context N, --threads N, --batch-threads N, --sequences N,
+// --unified 0|1, --flash on|auto|off, --poll N
 #include <array>
 #include <chrono>
 #include <cmath>
@@ -28,6 +28,7 @@ session_options options_of(const arguments& a) {
   o.flash = a.text("flash", "on");
   o.context = a.number("context", 8192);
   o.threads = a.number("threads", 1);
+  o.batch_threads = a.number("batch-threads", o.threads);
   o.sequences = a.number("sequences", 1);
   o.unified = a.number("unified", 1) != 0;
   o.poll = a.number("poll", 50);
@@ -158,7 +159,7 @@ int prompts(const arguments& a) {
   const std::string states = a.text("states", ""), task = a.text("task", "");
   session s(options_of(a));
   std::ifstream in(a.text("prompts", "prompts.jsonl"));
-  std::map<std::string, std::pair<int, int>> right;
+  std::map<std::string, std::string> right;  // of each task, a 1 or 0 a question
   std::map<std::string, int> seen;
   for (std::string line; std::getline(in, line);) {
     if (line.find("\"length\": " + std::to_string(length) + ",") == std::string::npos) continue;
@@ -180,7 +181,7 @@ int prompts(const arguments& a) {
             .write(reinterpret_cast<const char*>(bytes.data()), static_cast<std::streamsize>(bytes.size()));
       }
     }
-    auto& [good, all] = right[of];
+    std::string& answered = right[of];
     std::size_t at = line.find("\"qa\": [[");
     if (at == std::string::npos) throw std::runtime_error("a prompt without \"qa\"");
     for (at = line.find('"', at + 7); at != std::string::npos; at = line.find('"', at)) {
@@ -196,10 +197,12 @@ int prompts(const arguments& a) {
       }
       s.add(byte(both, static_cast<int>(both.size()) - 1), s.next(0), 0);
       s.decode();
-      good += ok ? 1 : 0, ++all;
+      answered += ok ? '1' : '0';
     }
   }
-  for (const auto& [of, counts] : right) std::printf("%s %d of %d\n", of.c_str(), counts.first, counts.second);
+  for (const auto& [of, answered] : right)
+    std::printf("%s %s %td of %zu\n", of.c_str(), answered.c_str(), std::count(answered.begin(), answered.end(), '1'),
+                answered.size());
   return 0;
 }
 
@@ -234,23 +237,27 @@ int bench(const arguments& a) {
     s.load(s.state_of(0), q);
   }
   if (a.number("cut", 0) > 0) llama_memory_seq_rm(s.memory(), -1, a.number("cut", 0), -1);
-  std::vector<double> times, work;
-  double most = 0;  // of the first steps, which make what is made once
-  for (int i = -a.number("warm", 40); i < steps; ++i) {
+  // The first steps make what is made once.
+  const int warm = a.number("warm", 40);
+  std::vector<double> first, times, work;
+  for (int i = -warm; i < steps; ++i) {
     const double start = now(), before = ran();
     for (int q = 0; q < sequences; ++q) s.add(text(s.next(q) + 1000 * q), s.next(q), q);
     s.decode();
     static_cast<void>(s.logits());
+    if (i > -warm && i < 0) first.push_back(ran() - before);
     if (i >= 0) times.push_back(now() - start), work.push_back(ran() - before);
-    if (i < 0) most = std::max(most, ran() - before);
   }
-  std::sort(times.begin(), times.end());
-  std::sort(work.begin(), work.end());
-  std::printf(
-      "the longest of %d first steps: %.3f ms of processor time; then a step: median %.3f ms, least %.3f; of processor "
-      "time %.3f, least %.3f\n",
-      a.number("warm", 40), 1e3 * most, 1e3 * times[times.size() / 2], 1e3 * times[0], 1e3 * work[work.size() / 2],
-      1e3 * work[0]);
+  first.resize(std::min<std::size_t>(first.size(), 24));
+  const auto print = [](const char* what, std::vector<double>& of) {
+    std::sort(of.begin(), of.end());
+    if (!of.empty())
+      std::printf("%s: median %.3f ms, least %.3f, most %.3f\n", what, 1e3 * of[of.size() / 2], 1e3 * of.front(),
+                  1e3 * of.back());
+  };
+  print("processor time of the first steps but one", first);
+  print("a step", times);
+  print("processor time of a step", work);
   return 0;
 }
 

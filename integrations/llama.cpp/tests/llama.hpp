@@ -40,7 +40,7 @@ class arguments {
 
 struct session_options {
   std::string libraries, model, type = "f16", flash = "on";
-  int context = 8192, threads = 1, sequences = 1, poll = 50;
+  int context = 8192, threads = 1, batch_threads = 1, sequences = 1, poll = 50;
   bool unified = true;
   ggml_backend_sched_eval_callback watch = nullptr;
   void* watcher = nullptr;
@@ -63,7 +63,8 @@ class session {
     p.n_ctx = static_cast<std::uint32_t>(o.context);
     p.n_batch = 2048;
     p.n_ubatch = 512;
-    p.n_threads = p.n_threads_batch = o.threads;
+    p.n_threads = o.threads;
+    p.n_threads_batch = o.batch_threads;
     p.n_seq_max = static_cast<std::uint32_t>(o.sequences);
     p.kv_unified = o.unified;
     p.flash_attn_type = o.flash == "on"    ? LLAMA_FLASH_ATTN_TYPE_ENABLED
@@ -77,8 +78,9 @@ class session {
     if (!context_) throw std::runtime_error("no context of this model");
     memory_ = llama_get_memory(context_);
     vocabulary_ = llama_vocab_n_tokens(llama_model_get_vocab(model_));
-    if (o.poll >= 0 && o.threads > 1) {  // threads that stay, as llama-cli and llama-server have them
-      ggml_threadpool_params t = ggml_threadpool_params_default(o.threads);
+    if (o.poll >= 0 &&
+        std::max(o.threads, o.batch_threads) > 1) {  // threads that stay, as llama-cli and llama-server have them
+      ggml_threadpool_params t = ggml_threadpool_params_default(std::max(o.threads, o.batch_threads));
       t.poll = static_cast<std::uint32_t>(o.poll);
       pool_ = reinterpret_cast<decltype(&ggml_threadpool_new)>(cpu_function("ggml_threadpool_new"))(&t);
       llama_attach_threadpool(context_, pool_, pool_);

@@ -26,9 +26,17 @@ double dot(const std::vector<float>& a, const std::vector<float>& b) {
   return s;
 }
 
-cell_codes made(index_t dim, int bits, const std::vector<float>& mean) {
+// In units that are twice the largest of some keys, as an index takes them, or `coarse` times that for scales.
+cell_codes made(index_t dim, int bits, const std::vector<float>& mean, float coarse = 1) {
   cell_codes c(dim, bits, 7);
-  c.measure_from(mean, {.scale = 16, .radius = 6 * std::sqrt(static_cast<float>(dim)), .reach = 2});
+  c.measure_from(mean, {});
+  std::mt19937 random(8);
+  code_units units{.scale = 0, .radius = 0, .reach = 2};
+  for (int i = 0; i < 200; ++i) {
+    const cell_codes::measured m = c.measure(normal(dim, random, 1.0f, 0.2f));
+    units.scale = std::max(units.scale, 2 * coarse * m.scale), units.radius = std::max(units.radius, 2 * m.radius);
+  }
+  c.measure_from(mean, units);
   return c;
 }
 
@@ -66,6 +74,32 @@ TEST_CASE("scores of codes are products up to the stated error, for every number
       before = miss;
     }
   }
+}
+
+TEST_CASE("what is stated of a code has the rounding of its lengths in it, however coarse their units are", "[index]") {
+  std::mt19937 random(6);
+  for (const float coarse : {1.0f, 20.0f, 50.0f, 150.0f}) {
+    const index_t dim = 64;
+    cell_codes c = made(dim, 3, std::vector<float>(static_cast<std::size_t>(dim)), coarse);
+    REQUIRE(c.resize(1));
+    std::vector<float> rotated(c.layout().width);
+    for (int i = 0; i < 300; ++i) {
+      const std::vector<float> key = normal(dim, random), q = i % 2 == 0 ? key : normal(dim, random);
+      if (!c.set(0, key, 1)) {  // its error is beyond the units
+        REQUIRE(coarse > 100);
+        continue;
+      }
+      static_cast<void>(c.rotate(q.data(), rotated));
+      REQUIRE(std::abs(static_cast<double>(c.score(0, rotated)) - dot(q, key)) <=
+              std::sqrt(dot(q, q)) * c.radius(0) * (1 + 1e-4) + 1e-4);
+    }
+  }
+}
+
+TEST_CASE("a cell takes so many bytes", "[index]") {
+  CHECK(cell_layout(128, 2).block_bytes() == 37 * 64);
+  CHECK(cell_layout(64, 2).block_bytes() == 21 * 64);
+  CHECK(cell_layout(64, 1).block_bytes() == 12 * 64);
 }
 
 TEST_CASE("what a cell holds does not depend on what was written before or beside it", "[index]") {

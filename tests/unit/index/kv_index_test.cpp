@@ -19,13 +19,13 @@ TEST_CASE("after any appends, overwrites, erasures and truncations an index equa
   test::check_index_changes(30000);
 }
 
-TEST_CASE("an index of 2 bits takes less than 8 % of a cache of 16 bits at head size 128", "[index]") {
+TEST_CASE("an index of 2 bits takes less than 7.4 % of a cache of 16 bits at head size 128", "[index]") {
   problem<Eigen::half> p(shape{.heads = 1, .kv_heads = 1, .n = 8192, .dk = 128, .dv = 128});
   kv_index index({.dk = 128, .dv = 128});
   REQUIRE(index.build(p.cache()).ok());
   CHECK(index.bits() <= 2);
   CHECK(index.size() == 8192);
-  CHECK(static_cast<double>(index.bytes()) < 0.08 * 8192 * 512);
+  CHECK(static_cast<double>(index.bytes()) < 0.074 * 8192 * 512);
   CHECK(index.codes(0).codes() == 8192);
 }
 

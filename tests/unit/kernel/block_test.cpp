@@ -74,7 +74,8 @@ void check(index_t dim, index_t groups, index_t count, bool gathered, bool short
     CHECK((queries.halves != nullptr) ==
           (short_queries && how == isa::avx512_bf16 && std::same_as<T, Eigen::bfloat16>));
 #if VATTN_DISPATCH
-    CHECK((queries.digits != nullptr) == (how == isa::avx512_bf16 && std::same_as<T, kernel::q8_0_block>));
+    CHECK((queries.digits != nullptr) ==
+          (how == isa::avx512_bf16 && kernel::quantised_block<T> && dim <= kernel::detail::widest_widened));
 #endif
     kernel::block_logits<T>(queries, block, out.data());
     kernel::block_add<T>(how, x.data(), groups, block, dim, acc.data());
@@ -115,9 +116,19 @@ TEST_CASE("block kernels are the naive loops, for every type, size, group and fi
         if (dim % 32 == 0) {
           check<kernel::q8_0_block>(dim, groups, count, groups % 2 == 1);
           check<kernel::q8_0_block>(dim, groups, count, groups % 2 == 0, true);
+          check<kernel::q4_0_block>(dim, groups, count, groups % 2 == 1);
         }
         check<Eigen::bfloat16>(dim, groups, count, groups % 2 == 1, true);
       }
+    }
+  }
+}
+
+TEST_CASE("rows of q4_0 that are widened a few at a time, and ones too wide for that", "[kernel][block]") {
+  for (const index_t dim : {512, 1024, 1056, 2048}) {
+    for (const index_t count : {1, 33, 64}) {
+      check<kernel::q4_0_block>(dim, 3, count, false);
+      check<kernel::q4_0_block>(dim, 2, count, true);
     }
   }
 }
