@@ -61,12 +61,11 @@ struct exact_scratch {
   }
 };
 
-/// Exact attention of those heads of a group whose bits are set, cut in pieces as `exact_attention` cuts a sequence and
+/// Exact attention of the heads of a group that are not done, cut in pieces as `exact_attention` cuts a sequence and
 /// with the same bits. Memory for pieces lies at the front of the group's.
 template <kv_head Head>
-void attend_group_exactly(head_group<Head>& group, std::uint32_t which, const exact_scratch& s,
-                          bool with_power = false) noexcept {
-  const auto wanted = [&](index_t g) { return (which >> g & 1) != 0 && group[g].ok; };
+void attend_group_exactly(head_group<Head>& group, const exact_scratch& s, bool with_power = false) noexcept {
+  const auto wanted = [&](index_t g) { return !group[g].done && group[g].ok; };
   if constexpr (!strided_head<Head>) {
     group.for_each_piece(group.size(), [&](index_t g, std::span<std::byte>) {
       head_task<Head>& task = group[g];
@@ -163,7 +162,7 @@ void attend_group_exactly(head_group<Head>& group) noexcept {
   arena a(group.memory);
   const Head& head = group[0].row.head;
   static_cast<void>(a.take<std::byte>(exact_scratch::piece_bytes(group.size(), head.dv())));
-  attend_group_exactly(group, ~0u, exact_scratch::take(a, group.size(), head.dk(), head.dv()));
+  attend_group_exactly(group, exact_scratch::take(a, group.size(), head.dk(), head.dv()));
 }
 
 /// Exact attention of every query and head. Shapes, errors and memory as `vattention`.

@@ -80,8 +80,7 @@ class vattention {
     const kernel::floating_point_scope standard;
     scratch::sparse_sizes sparse = sizes(n, dv);
     if (beside_cache && !indexed()) return call_bytes(n, dk, dv, masked, all_rows(dk, dv), workers);
-    // The same for elements of any type.
-    if constexpr (from_store) sparse.group_bytes = store_bytes<store_head<float>>(n, max_group, dk, dv);
+    if constexpr (from_store) sparse.group_bytes = store_bytes(n, max_group, dk, dv);
     if constexpr (beside_cache) sparse.group_bytes = index_bytes(n, max_group, dk, dv, fixed_rows());
     return call_bytes(n, dk, dv, masked, sparse, workers);
   }
@@ -108,12 +107,13 @@ class vattention {
       if constexpr (std::same_as<std::remove_cvref_t<Observer>, unobserved> &&
                     !partial_executor<std::remove_cvref_t<E>>) {
         const index_t group = std::min(q.extents[2] / cache.n_kv_heads(), max_group);
-        if (!result.decisions.tokens && !worth_sampling(longest(cache), cache.head(0, 0).past(), group)) {
+        const read_costs costs(kernel::active_isa(), group);
+        if (!result.decisions.tokens && !worth_sampling(longest(cache), cache.head(0, 0).past(), costs)) {
           const status s = each.template exactly<head>(q, cache, options, result, memory, exec);
           if (s.code() != errc::workspace_too_small) return s;  // sized for what needs less
         }
       }
-      sparse.group_bytes = store_bytes<head>(longest(cache), max_group, cache.dk(), cache.dv());
+      sparse.group_bytes = store_bytes(longest(cache), max_group, cache.dk(), cache.dv());
     }
     if constexpr (beside_cache) {
       const bool by_index = indexed();
@@ -125,7 +125,7 @@ class vattention {
       if constexpr (strided_head<head> && std::same_as<std::remove_cvref_t<Observer>, unobserved> &&
                     !partial_executor<std::remove_cvref_t<E>>) {
         if (!result.decisions.tokens && !options.positions &&
-            !(by_index && index_may_pay(longest(cache), fixed_rows()))) {
+            !(by_index && index_may_pay(longest(cache), fixed_rows(), selector_.costs))) {
           const status s = each.template exactly<head>(q, cache, options, result, memory, exec);
           if (s.code() != errc::workspace_too_small) return s;  // sized for what needs less
         }
@@ -187,7 +187,7 @@ class vattention {
     if (!sparse) return;
     if constexpr (beside_cache) {
       if constexpr (takes_index) {
-        if (indexed()) return attend_by_index<Policy>(heads, settings_, selector_.sequences, selector_.memory);
+        if (indexed()) return attend_by_index<Policy>(heads, settings_, selector_);
       }
       attend_group_exactly(heads);
     } else if constexpr (from_store) {

@@ -34,6 +34,7 @@
 #include "vattn/certify/decision.hpp"   // which rows, with which weights
 #include "vattn/policy.hpp"             // the slots, and the paper's presets
 #include "vattn/exact_attention.hpp"    // every row
+#include "vattn/call/looks.hpp"         // looks at a sample until it is enough
 #include "vattn/importance_attention.hpp"  // rows by importance
 #include "vattn/store/shuffled_store.hpp"           // a cache made to be sampled
 #include "vattn/store/store_attention.hpp"    // and verified decode from it

@@ -10,7 +10,8 @@ namespace vattn::test {
 /// than what is tried, so that most plans keep to it.
 inline index_t long_enough(index_t group) {
   constexpr index_t fixed = 512;  // that are of no past, at most
-  const auto tried = [&](index_t n) { return worth_sampling(n, n - fixed, std::min(group, max_group)); };
+  const read_costs costs(kernel::active_isa(), std::min(group, max_group));
+  const auto tried = [&](index_t n) { return worth_sampling(n, n - fixed, costs); };
   index_t n = 6144 + 4608 * group;
   if (tried(n)) return n;
   while (!tried(n)) n += 1024;

@@ -154,6 +154,7 @@ struct head_task {
   certificate c{};
   index_t query = 0;  ///< t of the call's T
   bool ok = true;     ///< false: it met a number that is not finite, or an index that lags
+  bool done = false;  ///< its sample is verified: state and certificate stand
   // What a first phase must cover, see sampling_frame.
   double log_floor = -std::numeric_limits<double>::infinity(), offset = 0;
 };

@@ -56,24 +56,22 @@ template <class Policy, kv_head Head>
 class shard_sampler : index_sampler<Policy, Head> {
   using base = index_sampler<Policy, Head>;
   using B = typename Policy::bound;
-  using base::at, base::done_, base::estimate_, base::group_, base::head_, base::heads_, base::log_mass_,
-      base::log_sum_, base::promise_, base::scanned_, base::settings_, base::tables_, base::tokens_, base::wanted_;
-  using base::shape, base::costs_;
+  using base::at, base::away_wanted_, base::costs_, base::estimate_, base::group_, base::head_, base::heads_,
+      base::log_mass_, base::log_sum_, base::promise_, base::reader_, base::scanned_, base::settings_, base::shape,
+      base::tables_, base::tokens_, base::wanted_;
 
  public:
   /// `settings` has the shard's own numbers of sinks and window. `sink_logits` [heads].
   shard_sampler(head_group<Head>& group, const config& settings, const cell_codes& codes, const float* value_centre,
                 bool indexed, const index_scratch& memory, const shard_scratch& own, const look_format& format,
                 const std::array<float, max_group>& sink_logits, index_t rank) noexcept
-      : base(group, settings, codes, value_centre, nullptr, memory),
+      : base(group, settings, codes, value_centre, {}, nullptr, memory),
         own_(own),
         format_(format),
         sums_(own.sums, format.heads, format.dv, format.groups),
         sink_logits_(sink_logits),
         rank_(rank),
-        whole_(!indexed) {
-    this->squeeze_.fill(1);
-  }
+        whole_(!indexed) {}
 
   [[nodiscard]] stage at_stage() const noexcept { return stage_; }
 
@@ -93,7 +91,9 @@ class shard_sampler : index_sampler<Policy, Head> {
   }
 
   void open(std::span<std::byte> to) noexcept {
-    if (!whole_ && !begin()) whole_ = true;
+    // Tables, certain rows, a look at scores; else all rows are to be read.
+    const bool samples = !whole_ && tokens_.size() >= costs_.least && this->may_pay() && this->find_cells();
+    whole_ = !samples || !base::open();
     wire_writer out(to);
     const double unit = whole_ ? 1 : double{this->codes_.units().reach};
     out.put(static_cast<double>(tokens_.size()));
@@ -167,51 +167,66 @@ class shard_sampler : index_sampler<Policy, Head> {
   }
 
   /// What all ranks have sent: estimates, verdicts, and what the next look is to be.
-  void judge(const messages& all) noexcept {
+  void judge_all(const messages& all) noexcept {
     if (stage_ == stage::exact) return merge_exact(all);
-    const bool first = stage_ == stage::first_look;
+    first_ = stage_ == stage::first_look;
     stage_ = stage::looking;
-    round_ += first ? 0 : 1;
-    look_counts counts;  // of all ranks
+    round_ += first_ ? 0 : 1;
+    sent_ = all, counts_ = {};
     for (index_t r = 0; r < all.ranks; ++r) {
       const look_counts c = read_counts(all.of(r));
-      counts.certain += c.certain, counts.picks += c.picks, counts.breaches += c.breaches;
-      counts.samples |= c.samples, counts.unsound |= c.unsound;
+      counts_.certain += c.certain, counts_.picks += c.picks, counts_.breaches += c.breaches;
+      counts_.samples |= c.samples, counts_.unsound |= c.unsound;
       own_.efforts[at(r)] = {.samples = c.samples != 0, .cells = opening_of(r).cells};
     }
-    bool every = true;
-    std::array<double, max_group> goals;
-    goals.fill(stats::infinity);
-    for (index_t h = 0; h < heads_; ++h) {
-      if (done_[at(h)]) continue;
-      const stats::evidence e = merge(all, h);
-      if (!e.finite()) {
-        stage_ = stage::exact;
-        return;
-      }
-      const stats::verdict v = stats::judge<B>(e, promise_);
-      // A first look is for the plan, unless there is nothing to plan.
-      if (counts.samples == 0 || (v.met && !first && counts.unsound == 0 && is_covered(all, h, e))) {
-        finish(h, e, v, counts);
-        continue;
-      }
-      every = false;
-      goals[at(h)] = base::plan_margin / this->known_variance_radius2(e.dimension) * stats::squared_goal(e, promise_) *
-                     e.denominator * e.denominator;
-      if (!whole_) prepare(h, e, v, first);
-    }
-    if (every) {
+    variances_.fill(stats::infinity);
+    const bool more = judge_look(*this, group_, round_);
+    if (stage_ == stage::exact) return;
+    if (!more) {
       stage_ = stage::done;
     } else if (round_ >= settings_.max_rounds ||
-               static_cast<double>(counts.certain + counts.picks) > settings_.max_density * visible_) {
+               static_cast<double>(counts_.certain + counts_.picks) > settings_.max_density * visible_) {
       stage_ = stage::exact;
     } else if (!whole_) {
-      share_variance(own_.efforts, goals, heads_, costs_.scan, costs_.key, static_cast<std::size_t>(rank_),
+      share_variance(own_.efforts, variances_, heads_, costs_.scan, costs_.key, static_cast<std::size_t>(rank_),
                      this->share_);
       wanted_.away = std::max(wanted_.away, away_wanted_);
     }
     // Scores of this rank that do not know their errors choose nothing any more.
     if (!whole_ && read_counts(all.of(rank_)).unsound != 0) whole_ = true;
+  }
+
+  // What judge_look asks of a sampling design; exchanges make its draws.
+  [[nodiscard]] soundness evidence(index_t h, stats::evidence& e) noexcept {
+    e = merge(sent_, h);
+    if (e.finite()) return soundness::sound;
+    stage_ = stage::exact;
+    return soundness::no_head;
+  }
+  using base::judge;
+  /// A first look is for the plan, unless there is nothing to plan.
+  [[nodiscard]] bool suffices(index_t h, const stats::evidence& e, const stats::verdict& v) noexcept {
+    return counts_.samples == 0 || (v.met && !first_ && counts_.unsound == 0 && is_covered(sent_, h, e));
+  }
+  [[nodiscard]] bool next(index_t h, const stats::evidence& e, const stats::verdict& v) noexcept {
+    variances_[at(h)] = base::plan_margin / stats::planned_radius2<B>(e.dimension, settings_.delta) *
+                        stats::squared_goal(e, promise_) * e.denominator * e.denominator;
+    if (!whole_) prepare(h, e, v);
+    return true;
+  }
+  void record(index_t h, const stats::evidence& e, const stats::verdict& v) noexcept {
+    certificate& c = group_[h].c;
+    c.rounds = round_, c.breaches = counts_.breaches;
+    c.n = static_cast<index_t>(visible_);
+    c.log_denominator = static_cast<double>(static_cast<float>(e.reference + std::log(e.denominator)));
+    if (counts_.samples == 0) return certify_exact(c);
+    stats::certify(c, e, v,
+                   {.rows_exact = counts_.certain,
+                    .rows_sampled = counts_.picks,
+                    .budget = counts_.picks,
+                    .kind = B::kind,
+                    .bound = B::name,
+                    .assumptions = base::assumptions});
   }
 
  private:
@@ -242,24 +257,13 @@ class shard_sampler : index_sampler<Policy, Head> {
     return top > -stats::infinity ? top + std::log(std::exp(a - top) + std::exp(b - top)) : top;
   }
 
-  // Tables, certain rows, a look at scores. False: all rows are to be read.
-  [[nodiscard]] bool begin() noexcept {
-    if (tokens_.size() < costs_.least || !this->may_pay() || !this->find_cells()) return false;
-    for (index_t g = 0; g < heads_; ++g)
-      std::copy_n(group_[g].row.scaled_query, head_.dk(), this->s_.queries.data() + g * head_.dk());
-    if (!tables_.make(this->codes_, this->s_.queries.data(), heads_, this->s_.tables, this->s_.table)) return false;
-    reader_.emplace(group_, tables_, this->s_.queries.data(), this->codes_.units().reach, this->centre_,
-                    this->s_.reader, this->random_.fork(1));
-    return reader_->read_certain({this->s_.certain.data(), at(this->certain_)}) && this->look_at_scores();
-  }
-
   // As many rows as a sample of the whole begins with, shared by what the shards weigh.
   [[nodiscard]] bool first_look() noexcept {
     index_reader<Head>& read = *reader_;
     this->guess_thresholds();
     scanned_.base = std::min(1.0, 2 * shape.pilot_base / cells_of_all_);
-    if (!this->scan(read)) return false;
-    this->take_plan_sample(read);
+    if (!this->scan()) return false;
+    this->take_plan_sample();
     const double rows = shape.pilot * (1 + static_cast<double>(heads_)) * mass_share_;
     const double nats = read.excess_for(std::max<index_t>(16, static_cast<index_t>(rows))) * double{tables_.step};
     wanted_ = scanned_;
@@ -273,12 +277,12 @@ class shard_sampler : index_sampler<Policy, Head> {
 
   [[nodiscard]] bool look() noexcept {
     index_reader<Head>& read = *reader_;
-    if (!planned_ && !this->make_plan(read)) return false;
+    if (!planned_ && !this->make_plan()) return false;
     planned_ = true;
     const auto most = static_cast<index_t>(settings_.max_density * static_cast<double>(tokens_.size()));
     for (int attempt = 0; attempt < 4; ++attempt) {
-      if (!this->scan_for_wanted(read)) return false;
-      const bool enough = this->weigh_enough(read);
+      if (!this->scan_for_wanted()) return false;
+      const bool enough = this->weigh_enough();
       if (read.odd() != 0 || this->certain_ + read.picks() > most) return false;
       if (!enough) continue;  // more than the scan has
       read.choose_values(read.picks() > base::few_picks ? &this->goals_ : nullptr);
@@ -309,7 +313,7 @@ class shard_sampler : index_sampler<Policy, Head> {
     counts.certain = tokens_.size();
     for (index_t h = 0; h < heads_; ++h) {
       const softmax_state& s = group_[h].state;
-      if (done_[at(h)] || s.empty()) continue;
+      if (group_[h].done || s.empty()) continue;
       sums_.add_certain(h, double{s.max_logit()}, s.denominator(), s.numerator().data(), s.power(), nullptr,
                         own_.centre.data(), tokens_.size());
     }
@@ -332,8 +336,8 @@ class shard_sampler : index_sampler<Policy, Head> {
                            group_[h].s.output.data(), own_.offset.data());
   }
 
-  // Whether no rank leaves a token to chance that could cost more than its share of ε: as index_sampler::judge has it,
-  // from what each rank says of itself.
+  // Whether no rank leaves a token to chance that could cost more than its share of ε: as index_sampler::suffices has
+  // it, from what each rank says of itself.
   [[nodiscard]] bool is_covered(const messages& all, index_t h, const stats::evidence& e) noexcept {
     const double missed = std::log(stats::missable(e, promise_)) + e.reference;
     const double top = e.reference + std::log(e.denominator);
@@ -353,24 +357,8 @@ class shard_sampler : index_sampler<Policy, Head> {
     return covered;
   }
 
-  void finish(index_t h, const stats::evidence& e, const stats::verdict& v, const look_counts& counts) noexcept {
-    head_task<Head>& task = group_[h];
-    done_[at(h)] = true;
-    task.c.rounds = round_, task.c.breaches = counts.breaches;
-    task.c.n = static_cast<index_t>(visible_);
-    task.c.log_denominator = static_cast<double>(static_cast<float>(e.reference + std::log(e.denominator)));
-    if (counts.samples == 0) return certify_exact(task.c);
-    stats::certify(task.c, e, v,
-                   {.rows_exact = counts.certain,
-                    .rows_sampled = counts.picks,
-                    .budget = counts.picks,
-                    .kind = B::kind,
-                    .bound = B::name,
-                    .assumptions = "asymptotic, as stated by the bound; and the codes' stated errors are true"});
-  }
-
   // What the next look needs to know of head h, in this rank's own terms.
-  void prepare(index_t h, const stats::evidence& e, const stats::verdict& v, bool first) noexcept {
+  void prepare(index_t h, const stats::evidence& e, const stats::verdict& v) noexcept {
     index_reader<Head>& read = *reader_;
     const index_t dv = head_.dv();
     read.raise_to(h, static_cast<float>(e.reference));
@@ -385,8 +373,8 @@ class shard_sampler : index_sampler<Policy, Head> {
     this->sampled_x_[at(h)] = std::max(0.0, mine - read.certain().of(h).x);
     this->elsewhere_[at(h)] = std::max(0.0, own.denominator - mine);
     this->elsewhere_reference_[at(h)] = reference;
-    if (first) return;
-    this->ask_for_more(read, h, this->covers(read, h, own), v, away_wanted_);
+    if (first_) return;
+    this->ask_for_more(h, this->covers(h, own), v);
   }
 
   void write_exact(std::span<std::byte> to) noexcept {
@@ -394,7 +382,7 @@ class shard_sampler : index_sampler<Policy, Head> {
     for (index_t h = 0; h < heads_; ++h) {
       wire_writer out(to.subspan(at(h) * each));
       const softmax_state& s = group_[h].state;
-      const bool empty = done_[at(h)] || s.empty();
+      const bool empty = group_[h].done || s.empty();
       out.put(empty ? -stats::infinity : double{s.max_logit()});
       out.put(empty ? 0.0 : s.denominator());
       if (empty) std::fill(own_.offset.begin(), own_.offset.end(), 0.0f);
@@ -405,7 +393,7 @@ class shard_sampler : index_sampler<Policy, Head> {
     const std::size_t each = exact_bytes(1, head_.dv());
     const std::span<float> numerator = own_.offset, part = own_.part.first(at(head_.dv()));
     for (index_t h = 0; h < heads_; ++h) {
-      if (done_[at(h)]) continue;
+      if (group_[h].done) continue;
       head_task<Head>& task = group_[h];
       softmax_state total(numerator);
       for (index_t r = 0; r < all.ranks; ++r) {
@@ -420,7 +408,7 @@ class shard_sampler : index_sampler<Policy, Head> {
       task.ok = task.ok && std::isfinite(total.denominator());
       task.c.n = static_cast<index_t>(visible_), task.c.rounds = round_;
       certify_exact(task.c);
-      done_[at(h)] = true;
+      task.done = true;
     }
     stage_ = stage::done;
   }
@@ -433,9 +421,13 @@ class shard_sampler : index_sampler<Policy, Head> {
   index_t rank_ = 0, round_ = 0;
   bool whole_ = false, read_all_ = false, planned_ = false;
   stage stage_ = stage::first_look;
-  double visible_ = 0, cells_of_all_ = 0, mass_share_ = 1, away_wanted_ = 0;
+  double visible_ = 0, cells_of_all_ = 0, mass_share_ = 1;
+  // Of the look that is judged: what all have sent, and whether it is the first; the variances that heads may have.
+  messages sent_;
+  look_counts counts_;
+  bool first_ = false;
+  std::array<double, max_group> variances_{};
   std::array<double, max_group> mine_x_{}, mine_reference_{};
-  std::optional<index_reader<Head>> reader_;
 };
 
 }  // namespace vattn::VATTN_ABI::dist

@@ -383,7 +383,7 @@ class sharded_attention<Policy>::call {
       if (status s = by_all(count,
                             [&](group_state& g) {
                               if (g.sampler->at_stage() != stage::done)
-                                g.sampler->judge({received_.data() + g.message, size, ranks_});
+                                g.sampler->judge_all({received_.data() + g.message, size, ranks_});
                             });
           !s)
         return s;

@@ -48,7 +48,7 @@ inline void for_each_tile(std::span<const T, E> row, Visit&& visit) noexcept {
   float buffer[tile];
   for (std::size_t j = 0; j < row.size(); j += tile) {
     const std::span<const T> part = std::span<const T>(row).subspan(j, std::min(tile, row.size() - j));
-    load(part, buffer);
+    kernel::load(part, buffer);  // in detail another may hide it
     visit(j, const_float_map(buffer, static_cast<Eigen::Index>(part.size())));
   }
 }

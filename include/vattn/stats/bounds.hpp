@@ -145,6 +145,15 @@ template <asymptotic_bound B>
   return variance == 0 ? 0 : widened(B::squared_quantile(shape, delta), variance, skew);
 }
 
+/// squared_radius of a known variance of 1, by Wilson and Hilferty's cube root: for plans, which need no more.
+template <asymptotic_bound B>
+[[nodiscard]] VATTN_FN double planned_radius2(double dimension, double delta) noexcept {
+  if (dimension < 3) return squared_radius<B>(1, 0, {dimension, infinity, 1e6}, delta);
+  const double spread = 2 / (9 * dimension);
+  const double root = 1 - spread + normal_quantile(1 - delta) * std::sqrt(spread);
+  return root * root * root;
+}
+
 /// How far population·mean of m uniformly sampled terms is from their sum, up to delta, if they are as the evidence has
 /// it. Asymptotic: N·sqrt(q·s²/m·(1 − m/N)).
 template <class B>
