@@ -41,7 +41,7 @@ struct certified_sample {
 /// A small pilot sets the size of a fresh sample, so that the bound is not conditioned on having been chosen;
 /// a second fresh sample, at a fifth of δ, follows where the first does not come to the goal. Where the bounds
 /// alone show that all unread tokens are negligible, nothing is left to chance: guarantee::deterministic.
-/// False where a number is not finite.
+/// False where a number is not finite; a head that is not `done` then is the caller's to attend exactly.
 template <class Selector, kv_head Head>
 [[nodiscard]] bool attend_certified(head_task<Head>& task, const config& settings, const Selector& selector) noexcept {
   using kernel::axpy, kernel::load, kernel::squared_norm;
@@ -76,7 +76,7 @@ template <class Selector, kv_head Head>
                                           (static_cast<double>(distance(tokens[j])) + about));
     total += static_cast<double>(s.weights[at(j)]);
   }
-  if (!(total > 0)) return attend_exactly(row, tokens, s, task.state, c);
+  if (!(total > 0)) return true;
   // In units of the numbers' grid, so that u < π has probability π and nothing else.
   const auto probability = [&](index_t j, double share) {
     return std::min(1.0,
@@ -94,7 +94,7 @@ template <class Selector, kv_head Head>
     const index_t place = j < settings.sinks ? j : n - fixed + j;
     c.breaches += exceeded(place, row.logit(tokens[place]));
   }
-  if (c.breaches > 0) return attend_exactly(row, tokens, s, task.state, c);
+  if (c.breaches > 0) return true;
   const double centre_norm = static_cast<double>(kernel::const_float_map(s.value_centre.data(), width).norm());
 
   // Draws {u < π(share)} and sums it. Leaves ô in s.centre, the estimate in task.state.
@@ -246,7 +246,7 @@ template <class Selector, kv_head Head>
     // D̂ leaves out at most what the bounds of the others add up to.
     c.denominator_error = std::exp(static_cast<double>(top) - e.reference) * rest /
                           (static_cast<double>(nearest) + about) / e.denominator;
-    return true;
+    return task.done = true;
   };
 
   constexpr double pilot = 192;
@@ -296,7 +296,7 @@ template <class Selector, kv_head Head>
           std::min({std::max<index_t>(256, static_cast<index_t>(expected)), order.size(), most - fixed});
       for (index_t k = 64; k <= limit; k *= 2) {
         if (negligible(e, tail(k), 0.9 * error) && settle(k)) return true;
-        if (c.breaches > 0) return attend_exactly(row, tokens, s, task.state, c);
+        if (c.breaches > 0) return true;
       }
     }
     if (static_cast<double>(fixed) + expected > static_cast<double>(most)) break;
@@ -317,11 +317,11 @@ template <class Selector, kv_head Head>
         for (const weighted_row& r : s.weighted.first(at(e.rows)))
           s.chosen.add(tokens[r.place], 1 / static_cast<double>(r.probability));
       }
-      return true;
+      return task.done = true;
     }
     spent += e.rows - e.certain;
   }
-  return attend_exactly(row, tokens, s, task.state, c);
+  return true;
 }
 
 }  // namespace vattn::VATTN_ABI

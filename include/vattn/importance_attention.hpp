@@ -8,8 +8,7 @@
 #include <limits>
 #include <span>
 
-#include "vattn/call/call.hpp"
-#include "vattn/certify/certify.hpp"
+#include "vattn/call/looks.hpp"
 #include "vattn/estimate/exact.hpp"
 #include "vattn/estimate/weighted.hpp"
 #include "vattn/exact_attention.hpp"
@@ -48,15 +47,14 @@ struct sampling_frame {
 namespace detail {
 
 /// One head's part of a (shared) Poisson sample, and how far it has come.
-template <bound B>
 struct importance_head {
   sample::importance pi;
   softmax_state exact;
   double share = 0, floor = 0, offset = 0;                          // c, λ and K that are wanted,
   double entered_share = 0, entered_floor = 0, entered_offset = 0;  // and that the sample has
+  double log_needed = 0, needed = 0, away = 0;  // by the last look: log of κεT·D̂'s part of λ, λ and K
   select::score_check check;
   index_t scoring_rows = 0;
-  bool done = false;
   bool unusable = false;  // its scores or errors are not finite
 
   [[nodiscard]] double wanted(index_t i) const noexcept { return pi.probability(i, share, floor, offset); }
@@ -107,58 +105,46 @@ struct importance_head {
     return true;
   }
 
-  /// Looks at the sample of `count` rows: done, or how much more is wanted. False: see head_task::ok.
-  template <kv_head Head, class Probability>
-  [[nodiscard]] bool look(head_task<Head>& task, index_t count, const config& settings,
-                          const sample::importance_shape& shape, const sampling_frame& frame,
-                          Probability&& probability) noexcept {
+  /// What the sample of these rows shows; their probabilities are known. Not finite: as head_task::ok has it.
+  template <kv_head Head>
+  [[nodiscard]] stats::evidence look(head_task<Head>& task, std::span<weighted_row> rows,
+                                     const stats::promise& asked) noexcept {
     scratch& s = task.s;
-    certificate& c = task.c;
-    const std::span<weighted_row> rows = s.weighted.first(static_cast<std::size_t>(count));
-    for (weighted_row& r : rows) r.probability = static_cast<float>(probability(index_t{r.place}));
     const stats::evidence e =
         estimate_weighted(task.row, task.tokens, rows, exact, task.state, s.centre, s.moments, task.stream.fork(1));
-    if (!std::isfinite(e.denominator) || !std::isfinite(e.output2) || !std::isfinite(e.power)) return false;
-    const bool all = settings.sinks + settings.window + count == frame.n;
-    stats::promise asked{settings.epsilon, settings.delta, settings.scale, all ? 0 : shape.kappa};
-    const stats::verdict v = stats::judge<B>(e, asked);
     // A token that is missed although it may move the output by f must cost at most κ·ε·T. What moves it is
     // x‖v − ô‖, at most x(r + ‖ô − centre‖).
     const kernel::const_float_map o(s.centre.data(), static_cast<Eigen::Index>(s.centre.size()));
     const kernel::const_float_map centre(s.value_centre.data(), static_cast<Eigen::Index>(s.value_centre.size()));
-    const double away = static_cast<double>((o - centre).norm());
-    // Near the cap less: there only samples stop that look better than they are, and what makes them look so is a
-    // token that they miss.
-    const double room = static_cast<double>(count) / (settings.max_density * static_cast<double>(frame.n));
-    asked.hidden = shape.kappa * (1 - 0.6 * std::min(1.0, room));
-    const double log_needed = -e.reference - std::log(stats::missable(e, asked));
-    const double needed = std::exp(pi.top() + log_needed);
-    task.log_floor = std::max(task.log_floor, log_needed);
-    task.offset = std::max(task.offset, away);
-    const bool covered = floor >= 0.8 * needed && offset >= 0.8 * away;
-    const bool kept = frame.log_floor >= std::log(0.8) + log_needed && frame.offset >= 0.8 * away;
-    if (v.met && covered && kept) {
-      stats::certify(c, e, v,
-                     {.rows_exact = settings.sinks + settings.window + e.certain,
-                      .rows_sampled = count - e.certain + scoring_rows,
-                      .budget = count - e.certain,
-                      .kind = B::kind,
-                      .bound = B::name,
-                      .assumptions = "asymptotic, as stated by the bound; and the scores' stated errors are true"});
-      if (s.chosen) {
-        s.chosen.clear();
-        s.chosen.add_ends(task.tokens, settings.sinks, settings.window);
-        for (const weighted_row& r : rows) s.chosen.add(task.tokens[r.place], 1 / static_cast<double>(r.probability));
-      }
-      return done = true;
-    }
+    away = static_cast<double>((o - centre).norm());
+    log_needed = -e.reference - std::log(stats::missable(e, asked));
+    needed = std::exp(pi.top() + log_needed);
+    return e;
+  }
+
+  /// Whether no token that this phase, or a first one, left to chance could have cost more than its share of ε.
+  [[nodiscard]] bool covered(const sampling_frame& frame) const noexcept {
+    return floor >= 0.8 * needed && offset >= 0.8 * away && frame.log_floor >= std::log(0.8) + log_needed &&
+           frame.offset >= 0.8 * away;
+  }
+
+  /// What the next look is to have. False: nothing more.
+  template <bound B>
+  [[nodiscard]] bool ask(std::span<const weighted_row> rows, const stats::evidence& e, const stats::verdict& v,
+                         double goal2, double delta) noexcept {
     floor = std::max(floor, needed);
     offset = std::max(offset, away);
-    if (v.met) return true;
-    // The least share of which the sample itself predicts enough, with its rows standing for those to come:
-    // V' = Σ (1 − π')/(π'π)‖Y‖², and Σt'² = Σ (1 − π')²/(π'³π)‖Y‖⁴ for the new ν₂.
+    if (!v.met) share = enough_for<B>(rows, e, goal2, delta);
+    return share > entered_share || floor > entered_floor || offset > entered_offset;
+  }
+
+ private:
+  // The least share of which the sample itself predicts enough, with its rows standing for those to come:
+  // V' = Σ (1 − π')/(π'π)‖Y‖², and Σt'² = Σ (1 − π')²/(π'³π)‖Y‖⁴ for the new ν₂.
+  template <bound B>
+  [[nodiscard]] double enough_for(std::span<const weighted_row> rows, const stats::evidence& e, double goal2,
+                                  double delta) const noexcept {
     constexpr double aim = 0.985 * 0.985;
-    const double goal2 = stats::squared_goal(e, asked);
     const auto enough = [&](double next) {
       double variance = 0, fourth = 0;
       for (const weighted_row& r : rows) {
@@ -170,7 +156,7 @@ struct importance_head {
       }
       const double dof = fourth > 0 ? 2 * variance * variance / fourth : e.dof;
       const double skew = e.variance > 0 ? e.skew * variance / e.variance : 0;  // of 1/π², as is t against V's 1/π
-      return stats::squared_radius<B>(variance, skew, {e.dimension, dof, static_cast<double>(count)}, settings.delta) <=
+      return stats::squared_radius<B>(variance, skew, {e.dimension, dof, static_cast<double>(rows.size())}, delta) <=
              aim * goal2;
     };
     double low = 1.03 * share, high = 4 * share;
@@ -178,96 +164,147 @@ struct importance_head {
       const double middle = std::sqrt(low * high);
       (enough(middle) ? high : low) = middle;
     }
-    share = high;
-    return true;
+    return high;
   }
 };
 
 }  // namespace detail
 
-/// The heads of a group from one Poisson sample: score -> probabilities -> sample -> estimate -> verify ->
-/// certify, until each head is verified and every token's floor is covered. For a head that does not
-/// come to that, `not_done(task)` is called. Heads' tokens must be the same; `numbers` [tokens] are their permanent
-/// numbers.
-template <bound B, class Selector, kv_head Head, class NotDone>
-void sample_by_importance(head_group<Head>& group, const config& settings, const Selector& selector,
-                          const sample::importance_shape& shape, std::span<const float> numbers,
-                          const sampling_frame& frame, NotDone&& not_done) noexcept {
-  const population& tokens = group[0].tokens;
-  const index_t n = tokens.size(), fixed = settings.sinks + settings.window;
-  const auto most = static_cast<index_t>(settings.max_density * static_cast<double>(frame.n));
-  std::array<detail::importance_head<B>, static_cast<std::size_t>(max_shared)> heads{};
-  const auto each = [&](auto&& visit) {
-    for (index_t g = 0; g < group.size(); ++g) {
-      auto& head = heads[static_cast<std::size_t>(g)];
-      if (group[g].ok && !head.done) visit(head, group[g]);
-    }
-  };
-  each([&](auto& head, auto& task) { task.ok = head.begin(task, selector, settings, shape, frame); });
+/// The heads of a group from one Poisson sample, a sampling design (call/looks.hpp):
+///   begin  scores -> probabilities -> rows that are read for certain
+///   draw   each row with the largest probability that any of the heads gives it
+/// Heads' tokens must be the same; `numbers` [tokens] are their permanent numbers.
+template <bound B, class Selector, kv_head Head>
+class poisson_sampler {
+ public:
+  poisson_sampler(head_group<Head>& group, const config& settings, const Selector& selector,
+                  const sample::importance_shape& shape, std::span<const float> numbers,
+                  const sampling_frame& frame) noexcept
+      : group_(group),
+        settings_(settings),
+        selector_(selector),
+        shape_(shape),
+        numbers_(numbers),
+        frame_(frame),
+        fixed_(settings.sinks + settings.window) {}
 
-  // The sample is for the heads together: each row with the largest probability that any of them gives it.
-  const auto wanted = [&](index_t i) {
-    double p = 0;
-    for (index_t g = 0; g < group.size(); ++g)
-      if (group[g].ok && !heads[static_cast<std::size_t>(g)].unusable)
-        p = std::max(p, heads[static_cast<std::size_t>(g)].wanted(i));
-    return p;
-  };
-  const auto entered = [&](index_t i) {
-    double p = 0;
-    for (index_t g = 0; g < group.size(); ++g)
-      if (group[g].ok && !heads[static_cast<std::size_t>(g)].unusable)
-        p = std::max(p, heads[static_cast<std::size_t>(g)].entered(i));
-    return p;
-  };
-  index_t count = 0;
-  bool full = false;
-  for (index_t round = 1; round <= settings.max_rounds && !full; ++round) {
-    for (index_t i = settings.sinks; i < n - settings.window && !full; ++i) {
-      const double u = static_cast<double>(numbers[static_cast<std::size_t>(i)]);
+  [[nodiscard]] bool begin() noexcept {
+    for (index_t g = 0; g < group_.size(); ++g) {
+      if (group_[g].ok) group_[g].ok = heads_[at(g)].begin(group_[g], selector_, settings_, shape_, frame_);
+    }
+    return true;
+  }
+
+  [[nodiscard]] draw_outcome draw() noexcept {
+    const population& tokens = group_[0].tokens;
+    const auto most = static_cast<index_t>(settings_.max_density * static_cast<double>(frame_.n));
+    for (index_t i = settings_.sinks; i < tokens.size() - settings_.window; ++i) {
+      const auto u = static_cast<double>(numbers_[at(i)]);
       if (!(u < wanted(i)) || u < entered(i)) continue;
-      full = fixed + count + 1 >= most;
-      if (full) break;
-      for (index_t g = 0; g < group.size(); ++g) {
-        head_task<Head>& task = group[g];
-        auto& head = heads[static_cast<std::size_t>(g)];
+      if (fixed_ + count_ + 1 >= most) return draw_outcome::too_much;
+      for (index_t g = 0; g < group_.size(); ++g) {
+        head_task<Head>& task = group_[g];
         if (!task.ok) continue;
         const float logit = task.row.logit(tokens[i]);
         task.ok = std::isfinite(logit);
-        const auto at = static_cast<std::size_t>(i);
-        head.check.estimate(logit, task.s.scores[at], task.s.errors[at], true);
-        task.s.weighted[static_cast<std::size_t>(count)] = {static_cast<ordinal>(i), logit, 1, 0};
+        heads_[at(g)].check.estimate(logit, task.s.scores[at(i)], task.s.errors[at(i)], true);
+        task.s.weighted[at(count_)] = {static_cast<ordinal>(i), logit, 1, 0};
       }
-      ++count;
+      ++count_;
     }
-    if (full) break;
-    for (auto& head : heads)
+    for (auto& head : heads_)
       head.entered_share = head.share, head.entered_floor = head.floor, head.entered_offset = head.offset;
-    bool left = false;
-    each([&](auto& head, auto& task) {
-      task.c.rounds = round;
-      task.c.breaches = head.check.breaches();
-      if (head.unusable || !head.check.believed()) return;
-      task.ok = head.look(task, count, settings, shape, frame, entered);
-      // A head that asks for nothing more will see nothing else.
-      left |= task.ok && !head.done &&
-              (head.share > head.entered_share || head.floor > head.entered_floor || head.offset > head.entered_offset);
-    });
-    if (!left) break;
+    return draw_outcome::sample;
   }
-  each([&](auto&, auto& task) { not_done(task); });
-}
 
-/// Every head of the group by importance sampling, or exactly where that does not come to a verified end.
+  [[nodiscard]] soundness evidence(index_t g, stats::evidence& e) noexcept {
+    auto& head = heads_[at(g)];
+    head_task<Head>& task = group_[g];
+    task.c.breaches = head.check.breaches();
+    if (head.unusable || !head.check.believed()) return soundness::not_this_head;
+    for (weighted_row& r : rows(g)) r.probability = static_cast<float>(entered(index_t{r.place}));
+    // Near the cap a floor is lower: there only samples stop that look better than they are, and what makes them look
+    // so is a token that they miss.
+    const double room = static_cast<double>(count_) / (settings_.max_density * static_cast<double>(frame_.n));
+    e = head.look(task, rows(g), promise(shape_.kappa * (1 - 0.6 * std::min(1.0, room))));
+    if (!std::isfinite(e.denominator) || !std::isfinite(e.output2) || !std::isfinite(e.power)) {
+      task.ok = false;
+      return soundness::not_this_head;
+    }
+    task.log_floor = std::max(task.log_floor, head.log_needed);
+    task.offset = std::max(task.offset, head.away);
+    return soundness::sound;
+  }
+  [[nodiscard]] stats::verdict judge(index_t, const stats::evidence& e) const noexcept {
+    return stats::judge<B>(e, promise(fixed_ + count_ == frame_.n ? 0 : shape_.kappa));
+  }
+  [[nodiscard]] bool suffices(index_t g, const stats::evidence&, const stats::verdict& v) const noexcept {
+    return v.met && heads_[at(g)].covered(frame_);
+  }
+  [[nodiscard]] bool next(index_t g, const stats::evidence& e, const stats::verdict& v) noexcept {
+    return heads_[at(g)].template ask<B>(rows(g), e, v, stats::squared_goal(e, promise(0)), settings_.delta);
+  }
+
+  void record(index_t g, const stats::evidence& e, const stats::verdict& v) noexcept {
+    head_task<Head>& task = group_[g];
+    stats::certify(task.c, e, v,
+                   {.rows_exact = fixed_ + e.certain,
+                    .rows_sampled = count_ - e.certain + heads_[at(g)].scoring_rows,
+                    .budget = count_ - e.certain,
+                    .kind = B::kind,
+                    .bound = B::name,
+                    .assumptions = "asymptotic, as stated by the bound; and the scores' stated errors are true"});
+    if (!task.s.chosen) return;
+    task.s.chosen.clear();
+    task.s.chosen.add_ends(task.tokens, settings_.sinks, settings_.window);
+    for (const weighted_row& r : rows(g))
+      task.s.chosen.add(task.tokens[r.place], 1 / static_cast<double>(r.probability));
+  }
+
+ private:
+  [[nodiscard]] static constexpr std::size_t at(index_t i) noexcept { return static_cast<std::size_t>(i); }
+  [[nodiscard]] std::span<weighted_row> rows(index_t g) noexcept { return group_[g].s.weighted.first(at(count_)); }
+  [[nodiscard]] stats::promise promise(double hidden) const noexcept {
+    return {settings_.epsilon, settings_.delta, settings_.scale, hidden};
+  }
+
+  // The sample is for the heads together: each row with the largest probability that any of them gives it.
+  [[nodiscard]] double wanted(index_t i) const noexcept {
+    return largest([i](const auto& head) { return head.wanted(i); });
+  }
+  [[nodiscard]] double entered(index_t i) const noexcept {
+    return largest([i](const auto& head) { return head.entered(i); });
+  }
+  template <class F>
+  [[nodiscard]] double largest(F&& probability) const noexcept {
+    double p = 0;
+    for (index_t g = 0; g < group_.size(); ++g) {
+      const auto& head = heads_[at(g)];
+      if (group_[g].ok && !head.unusable) p = std::max(p, probability(head));
+    }
+    return p;
+  }
+
+  head_group<Head>& group_;
+  const config& settings_;
+  const Selector& selector_;
+  const sample::importance_shape& shape_;
+  std::span<const float> numbers_;
+  const sampling_frame& frame_;
+  index_t fixed_, count_ = 0;
+  std::array<detail::importance_head, static_cast<std::size_t>(max_shared)> heads_{};
+};
+
+/// Every head of the group by importance sampling, or not at all where that does not come to a verified end.
 template <bound B, class Selector, kv_head Head>
 void attend_by_importance(head_group<Head>& group, const config& settings, const Selector& selector,
                           const sample::importance_shape& shape) noexcept {
   head_task<Head>& first = group[0];
   const index_t n = first.tokens.size();
+  const sampling_frame frame{.n = n};
   sample::draw_numbers(first.s.numbers, settings.sinks, n - settings.window, first.stream);
-  sample_by_importance<B>(group, settings, selector, shape, first.s.numbers, {.n = n}, [&](head_task<Head>& task) {
-    task.ok = attend_exactly(task.row, task.tokens, task.s, task.state, task.c);
-  });
+  poisson_sampler<B, Selector, Head> design(group, settings, selector, shape, first.s.numbers, frame);
+  look_until_verified(design, group, settings.max_rounds);
 }
 
 }  // namespace vattn::VATTN_ABI

@@ -21,6 +21,7 @@ namespace vattn::VATTN_ABI {
 template <bound B, class Selector, kv_head Head>
 void attend_in_two_phases(head_group<Head>& group, const config& settings, const Selector& selector,
                           const sample::importance_shape& shape, double widening) noexcept {
+  using fine = std::remove_cvref_t<decltype(selector.fine)>;
   scratch& s0 = group[0].s;
   const population all = group[0].tokens;
   const index_t n = all.size(), last = n - settings.window, fixed = settings.sinks + settings.window;
@@ -30,7 +31,6 @@ void attend_in_two_phases(head_group<Head>& group, const config& settings, const
   sample::draw_numbers(s0.numbers, settings.sinks, last, group[0].stream);
 
   double share = widening * shape.pilot;
-  std::array<bool, static_cast<std::size_t>(max_shared)> ended{};
   for (int attempt = 0; attempt < 4; ++attempt, share *= 3) {
     // Phase 1: coarse scores of every token, candidates for the heads together.
     std::array<sample::importance, static_cast<std::size_t>(max_shared)> pi{};
@@ -39,7 +39,7 @@ void attend_in_two_phases(head_group<Head>& group, const config& settings, const
     bool usable = true;
     for (index_t g = 0; g < group.size(); ++g) {
       head_task<Head>& task = group[g];
-      if (!task.ok || ended[static_cast<std::size_t>(g)]) continue;
+      if (!task.ok || group[g].done) continue;
       const auto size = static_cast<std::size_t>(n);
       scratch& s = task.s;
       const std::span<float> scores = s.scores.first(size), errors = s.errors.first(size);
@@ -88,7 +88,7 @@ void attend_in_two_phases(head_group<Head>& group, const config& settings, const
       }
       double p = 0;
       for (index_t g = 0; g < group.size(); ++g) {
-        if (group[g].ok && !ended[static_cast<std::size_t>(g)])
+        if (group[g].ok && !group[g].done)
           p = std::max(p, pi[static_cast<std::size_t>(g)].probability(i, share, floor[static_cast<std::size_t>(g)],
                                                                       offset[static_cast<std::size_t>(g)]));
       }
@@ -104,7 +104,7 @@ void attend_in_two_phases(head_group<Head>& group, const config& settings, const
     head_group<Head> open;
     std::array<index_t, static_cast<std::size_t>(max_shared)> origin{};
     for (index_t g = 0; g < group.size(); ++g) {
-      if (!group[g].ok || ended[static_cast<std::size_t>(g)]) continue;
+      if (!group[g].ok || group[g].done) continue;
       origin[static_cast<std::size_t>(open.size())] = g;
       head_task<Head> task = group[g];
       task.tokens = candidates;
@@ -112,14 +112,14 @@ void attend_in_two_phases(head_group<Head>& group, const config& settings, const
     }
     if (open.size() == 0) return;
     frame.prior = s0.prior.first(size);
-    sample_by_importance<B>(open, settings, selector.fine, shape, s0.kept_numbers.first(size), frame,
-                            [](head_task<Head>& task) { task.c.promise = guarantee::none; });
+    poisson_sampler<B, fine, Head> design(open, settings, selector.fine, shape, s0.kept_numbers.first(size), frame);
+    look_until_verified(design, open, settings.max_rounds);
     for (index_t o = 0; o < open.size(); ++o) {
       head_task<Head>& from = open[o];
       const auto g = static_cast<std::size_t>(origin[static_cast<std::size_t>(o)]);
       head_task<Head>& to = group[static_cast<index_t>(g)];
       to.state = from.state, to.c = from.c, to.ok = from.ok, to.log_floor = from.log_floor, to.offset = from.offset;
-      if (!from.ok || from.c.promise == guarantee::none) continue;
+      if (!from.ok || !from.done) continue;
       // The rows that were read check the coarse scores as they do the fine ones.
       const index_t rows = from.c.rows_exact - fixed + from.c.budget;
       select::score_check check;
@@ -134,20 +134,20 @@ void attend_in_two_phases(head_group<Head>& group, const config& settings, const
       for (const weighted_row& row : from.s.weighted.first(static_cast<std::size_t>(rows)))
         compare(row.place, row.logit, true);
       to.c.breaches += check.breaches();
-      ended[g] = check.believed();
-      if (!ended[g]) attempt = 4;  // what the coarse scores say of their errors is not true: no more of them
+      to.done = check.believed();
+      if (!to.done) attempt = 4;  // what the coarse scores say of their errors is not true: no more of them
     }
   }
   // Where a first phase cannot thin enough, or never kept what was needed: the fine scores of all.
   for (index_t g = 0; g < group.size(); ++g) {
-    if (!group[g].ok || ended[static_cast<std::size_t>(g)]) continue;
+    if (!group[g].ok || group[g].done) continue;
     head_group<Head> one;
     one.push(head_task<Head>(group[g]));
-    sample_by_importance<B>(one, settings, selector.fine, shape, s0.numbers, {.n = n}, [](head_task<Head>& task) {
-      task.ok = attend_exactly(task.row, task.tokens, task.s, task.state, task.c);
-    });
+    const sampling_frame whole{.n = n};
+    poisson_sampler<B, fine, Head> design(one, settings, selector.fine, shape, s0.numbers, whole);
+    look_until_verified(design, one, settings.max_rounds);
     const index_t breaches = group[g].c.breaches;  // of the coarse scores
-    group[g].state = one[0].state, group[g].c = one[0].c, group[g].ok = one[0].ok;
+    group[g].state = one[0].state, group[g].c = one[0].c, group[g].ok = one[0].ok, group[g].done = one[0].done;
     group[g].c.breaches += breaches;
   }
 }

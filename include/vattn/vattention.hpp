@@ -10,9 +10,9 @@
 #include "vattn/exact_attention.hpp"
 #include "vattn/importance_attention.hpp"
 #include "vattn/policy.hpp"
-#include "vattn/select/score_check.hpp"
 #include "vattn/store/store_attention.hpp"
 #include "vattn/two_phase_attention.hpp"
+#include "vattn/uniform_attention.hpp"
 
 namespace vattn::VATTN_ABI {
 
@@ -99,47 +99,35 @@ class vattention {
     if (settings_.joint)
       each.settings_.delta /= static_cast<double>(
           std::max<index_t>(1, result.output.extents[0] * result.output.extents[1] * result.output.extents[2]));
-    scratch::sparse_sizes sparse = sizes(longest(cache), cache.dv());
     if constexpr (from_store) {
       if (status s = check_store_call(cache, options); !s) return s;
-      using head = std::remove_cvref_t<decltype(cache.head(0, 0))>;
-      // All heads at once, each cut among the threads: but not where an observer waits for each.
-      if constexpr (std::same_as<std::remove_cvref_t<Observer>, unobserved> &&
-                    !partial_executor<std::remove_cvref_t<E>>) {
-        const index_t group = std::min(q.extents[2] / cache.n_kv_heads(), max_group);
-        const read_costs costs(kernel::active_isa(), group);
-        if (!result.decisions.tokens && !worth_sampling(longest(cache), cache.head(0, 0).past(), costs)) {
-          const status s = each.template exactly<head>(q, cache, options, result, memory, exec);
-          if (s.code() != errc::workspace_too_small) return s;  // sized for what needs less
-        }
-      }
-      sparse.group_bytes = store_bytes(longest(cache), max_group, cache.dk(), cache.dv());
     }
-    if constexpr (beside_cache) {
-      const bool by_index = indexed();
-      if (by_index) {
+    if constexpr (takes_index) {
+      if (indexed()) {
         if (status s = check_index_call(cache, selector_); !s) return s;
       }
-      using head = std::remove_cvref_t<decltype(cache.head(0, 0))>;
-      // All heads at once, each cut among the threads: but not where an observer waits for each.
-      if constexpr (strided_head<head> && std::same_as<std::remove_cvref_t<Observer>, unobserved> &&
-                    !partial_executor<std::remove_cvref_t<E>>) {
-        if (!result.decisions.tokens && !options.positions &&
-            !(by_index && index_may_pay(longest(cache), fixed_rows(), selector_.costs))) {
-          const status s = each.template exactly<head>(q, cache, options, result, memory, exec);
-          if (s.code() != errc::workspace_too_small) return s;  // sized for what needs less
-        }
-      }
-      // Several tasks would write what is remembered of one KV head.
-      if (q.extents[1] != 1 || q.extents[2] / cache.n_kv_heads() > max_group || !options.mask.same_for_heads())
-        each.selector_.memory = {};
-      if (by_index) {
-        sparse.group_bytes = index_bytes(longest(cache), max_group, cache.dk(), cache.dv(), fixed_rows());
-      } else {
-        sparse = all_rows(cache.dk(), cache.dv());
+    }
+    const index_t n = longest(cache), group = q.extents[2] / cache.n_kv_heads();
+    // Where no sample would pay, all heads at once, each cut among the threads: but not where an observer waits for
+    // each.
+    using head = std::remove_cvref_t<decltype(cache.head(0, 0))>;
+    if constexpr ((from_store || beside_cache) && strided_head<head> &&
+                  std::same_as<std::remove_cvref_t<Observer>, unobserved> &&
+                  !partial_executor<std::remove_cvref_t<E>>) {
+      if (!result.decisions.tokens && (from_store || !options.positions) && !may_pay(cache, group)) {
+        const status s = each.template exactly<head>(q, cache, options, result, memory, exec);
+        if (s.code() != errc::workspace_too_small) return s;  // sized for what needs less
       }
     }
-    sparse.shared = std::clamp<index_t>(q.extents[2] / cache.n_kv_heads(), 1, sparse.shared);
+    scratch::sparse_sizes sparse = sizes(n, cache.dv());
+    if constexpr (from_store) sparse.group_bytes = store_bytes(n, max_group, cache.dk(), cache.dv());
+    if constexpr (beside_cache) {
+      // Several tasks would write what is remembered of one KV head.
+      if (q.extents[1] != 1 || group > max_group || !options.mask.same_for_heads()) each.selector_.memory = {};
+      sparse.group_bytes = index_bytes(n, max_group, cache.dk(), cache.dv(), fixed_rows());
+      if (!indexed()) sparse = all_rows(cache.dk(), cache.dv());
+    }
+    sparse.shared = std::clamp<index_t>(group, 1, sparse.shared);
     // Queries that see ranges share the heads' scan and sample, or the rows where all are read.
     if (beside_cache && !options.mask && !options.positions)
       sparse.queries = std::clamp<index_t>(max_group / sparse.shared, 1, std::max<index_t>(1, q.extents[1]));
@@ -150,6 +138,17 @@ class vattention {
   }
 
  private:
+  // Whether a sample of a store, or by an index, may cost less than all rows.
+  template <kv_cache KV>
+  [[nodiscard]] bool may_pay(const KV& cache, index_t group) const noexcept {
+    const index_t n = longest(cache);
+    if constexpr (from_store) {
+      return worth_sampling(n, cache.head(0, 0).past(), read_costs(kernel::active_isa(), std::min(group, max_group)));
+    } else {
+      return indexed() && index_may_pay(n, fixed_rows(), selector_.costs);
+    }
+  }
+
   template <class Head, class Q, kv_cache KV, executor E>
   [[nodiscard]] status exactly(const tensor_view<const Q, 4>& q, const KV& cache, const attention_options& options,
                                const attention_result& result, workspace& memory, E& exec) const noexcept {
@@ -169,37 +168,34 @@ class vattention {
     c.epsilon = settings_.epsilon, c.delta = settings_.delta, c.scale = settings_.scale, c.target = target::kind;
   }
 
-  // The heads of a group: together where one sample serves them all, else one after another.
+  // The heads of a group by the policy's sampling design: looks until each is verified (call/looks.hpp), and all rows
+  // of those that are not.
   template <kv_head Head>
   void attend(head_group<Head>& heads) const noexcept {
-    bool sparse = from_store || beside_cache;
-    for (index_t g = 0; g < heads.size(); ++g) {
-      head_task<Head>& task = heads[g];
-      certificate& c = task.c;
-      state_promise(c);
-      if constexpr (from_store || beside_cache) continue;
-      if (settings_.sinks + settings_.window + settings_.min_sample >= max_rows(c.n)) {
-        task.ok = task.ok && attend_exactly(task.row, task.tokens, task.s, task.state, c);
-      } else {
-        sparse = true;  // for all of them: they see the same tokens
-      }
+    for (index_t g = 0; g < heads.size(); ++g) state_promise(heads[g].c);
+    if constexpr (takes_index) {
+      if (indexed()) return attend_by_index<Policy>(heads, settings_, selector_);
     }
-    if (!sparse) return;
-    if constexpr (beside_cache) {
-      if constexpr (takes_index) {
-        if (indexed()) return attend_by_index<Policy>(heads, settings_, selector_);
-      }
-      attend_group_exactly(heads);
-    } else if constexpr (from_store) {
-      attend_from_store<Policy>(heads, settings_);
-    } else if constexpr (!importance_sampler<sampler>) {
+    if constexpr (beside_cache) return attend_group_exactly(heads);
+    if constexpr (from_store) return attend_from_store<Policy>(heads, settings_);
+    if constexpr (!beside_cache && !from_store) {
+      // The heads see the same tokens.
+      const auto most = static_cast<index_t>(settings_.max_density * static_cast<double>(heads[0].tokens.size()));
+      if (fixed_rows() + settings_.min_sample < most) sample(heads);
       for (index_t g = 0; g < heads.size(); ++g) {
         head_task<Head>& task = heads[g];
-        task.ok = task.ok && attend_uniformly(task.row, task.tokens, task.stream, task.s, task.state, task.c);
+        if (task.ok && !task.done) task.ok = attend_exactly(task.row, task.tokens, task.s, task.state, task.c);
       }
+    }
+  }
+
+  template <kv_head Head>
+  void sample(head_group<Head>& heads) const noexcept {
+    if constexpr (!importance_sampler<sampler>) {
+      ranked_sampler<Policy, Head> design(heads, settings_, selector_);
+      look_until_verified(design, heads, settings_.max_rounds);
     } else if constexpr (bound::kind == guarantee::finite_sample) {
-      for (index_t g = 0; g < heads.size(); ++g)
-        heads[g].ok = heads[g].ok && attend_certified(heads[g], settings_, selector_);
+      heads[0].ok = heads[0].ok && attend_certified(heads[0], settings_, selector_);
     } else if constexpr (two_phases) {
       attend_in_two_phases<bound>(heads, settings_, selector_, sampler::shape, sampler::widening);
     } else {
@@ -209,129 +205,6 @@ class vattention {
 
   [[nodiscard]] index_t fixed_rows() const noexcept { return settings_.sinks + settings_.window; }
 
-  [[nodiscard]] index_t max_rows(index_t n) const noexcept {
-    return static_cast<index_t>(settings_.max_density * static_cast<double>(n));
-  }
-
-  // One query of one head. View -> select -> sample -> estimate -> judge -> certify.
-  template <kv_head Head>
-  [[nodiscard]] bool attend_uniformly(const query_row<Head>& row, const population& tokens, const random_stream& stream,
-                                      scratch& s, softmax_state& state, certificate& c) const noexcept {
-    const index_t n = tokens.size(), fixed = settings_.sinks + settings_.window, most = max_rows(n);
-    const score_result scores = selector_.score(
-        row, tokens, {s.scores.first(static_cast<std::size_t>(n)), s.errors, s.value_centre, s.selector});
-    s.lagging = scores.lagging;
-    if (!scores.ok) return false;
-    ranking order(s.scores, settings_.sinks, n - settings_.window, s.order);
-    const index_t heavy = std::clamp<index_t>(selector_.heavy_count(order, n, settings_), 0, order.size());
-    // A selector that ranks nothing need not have written scores.
-    if ((heavy > 0 || scores.kind != score_kind::ranking) &&
-        !can_rank(scores, s.scores.first(static_cast<std::size_t>(n))))
-      return attend_exactly(row, tokens, s, state, c);
-    split want = target::first(n, order.size(), heavy, settings_);
-
-    // Exact part: sinks and window, then the ranking's best as they come.
-    add_sink(state, row.sink_logit);
-    softmax_state part(s.part);
-    bool finite = accumulate_exact(
-        row, fixed, [&](index_t j) { return tokens[j < settings_.sinks ? j : n - fixed + j]; }, state, part, true);
-    index_t heavy_read = 0;  // not order.count(): heavy_count() may have ranked places, and ranked is not read
-    const auto read_heavy = [&] {
-      order.extend(want.heavy);
-      const index_t have = std::exchange(heavy_read, order.count());
-      return accumulate_exact(
-          row, order.count() - have, [&](index_t j) { return tokens[order.top()[static_cast<std::size_t>(have + j)]]; },
-          state, part, true);
-    };
-    finite = finite && read_heavy();
-    select::score_check certain_rows;
-    index_t compared = 0;
-    const auto compare_certain = [&](index_t place, bool chosen) {
-      const auto at = static_cast<std::size_t>(place);
-      compare(certain_rows, row.logit(tokens[place]), scores, s.scores[at], chosen);
-    };
-    // An index may be of other keys; scores that were made from the keys themselves are not.
-    const bool from_index = has_index && scores.kind != score_kind::ranking;
-    for (index_t j = 0; from_index && j < fixed; ++j) compare_certain(j < settings_.sinks ? j : n - fixed + j, false);
-
-    // Sampled part: deviations from the exact part's output, so that shared means cancel.
-    state.finish(s.centre);
-    residual_moments moments(s.moments, row.dv());
-    moments.clear(s.centre, state.max_logit());
-    residual_sample sample(row, tokens, settings_.sinks, settings_.window, order,
-                           sampler(static_cast<ordinal>(n), stream, s.table), s.drawn, moments);
-
-    for (c.rounds = 1; finite; ++c.rounds) {
-      if (fixed + want.heavy + want.sampled > most) return attend_exactly(row, tokens, s, state, c);
-      finite = sample.grow(want.sampled);
-      const estimate now = make_estimate(state, moments, sample.population_size(), s.offset);
-      if (!finite || !now.finite) return false;
-      // Scores that are to bound logits, and do not: nothing may rest on them.
-      for (; from_index && compared < order.count(); ++compared)
-        compare_certain(order.top()[static_cast<std::size_t>(compared)], true);
-      select::score_check check = certain_rows;
-      for (const drawn_row& r : sample.rows()) compare(check, r.logit, scores, s.scores[r.place], true);
-      c.breaches = check.breaches();
-      if (!check.believed()) return attend_exactly(row, tokens, s, state, c);
-
-      const look seen{now,
-                      moments,
-                      s.offset,
-                      order,
-                      sample.rows(),
-                      n,
-                      fixed,
-                      scores,
-                      s.value_centre,
-                      settings_,
-                      sampler::with_replacement};
-      verdict v = target::template judge<bound>(seen);
-      if (v.met || (settings_.accept_last && c.rounds >= settings_.max_rounds)) {
-        v.denominator_error = budget::denominator_error<bound>(seen);
-        stats::evidence all;
-        all.output2 = now.output2, all.power = now.power;
-        stats::certify(
-            c, all, v,
-            {.rows_exact = fixed + order.count(),
-             .rows_sampled = sample.count(),
-             .budget = v.budget,
-             .kind = bound::kind,
-             .bound = bound::name,
-             .assumptions = scores.kind == score_kind::ranking && bound::kind == guarantee::asymptotic
-                                ? "asymptotic, as stated by the bound; and the selector ranks every heavy token"
-                                : bound::assumptions});
-        add_residual(state, now, moments);
-        if (s.chosen) {
-          s.chosen.clear();
-          s.chosen.add_ends(tokens, settings_.sinks, settings_.window);
-          for (index_t j = 0; j < order.count(); ++j) s.chosen.add(tokens[order.top()[static_cast<std::size_t>(j)]], 1);
-          for (const drawn_row& r : sample.rows()) s.chosen.add(tokens[r.place], now.weight());
-        }
-        return true;
-      }
-      if (c.rounds >= settings_.max_rounds) return attend_exactly(row, tokens, s, state, c);
-      want = v.next;
-      if (want.heavy > order.count()) {
-        if (fixed + want.heavy + want.sampled > most) continue;  // the check above ends it
-        finite = read_heavy();
-        sample.shed();
-      }
-    }
-    return false;
-  }
-
-  // Compares a logit that was read with what the score of its place says it is at most. A contribution is at least the
-  // logit plus log(offset/unit).
-  static void compare(select::score_check& check, float logit, const score_result& said, float score,
-                      bool chosen) noexcept {
-    if (said.kind == score_kind::ranking) return;
-    const float least =
-        said.kind == score_kind::contribution ? std::log(said.value_offset / said.contribution_unit) : 0.0f;
-    check.bound(logit, score - least, upper_bounds ? 1e-12 : 3e-3, chosen);  // upper_scores: 2.75 standard errors
-  }
-
-  static constexpr bool upper_bounds = requires { requires selector::upper_bounds; };
-  static constexpr bool has_index = requires(const selector& s) { s.heads; };
   static constexpr bool shares_sample = group_sampler<sampler>;
   static constexpr bool from_store = samples_a_store<sampler>;
   static constexpr bool cheapest = std::same_as<selector, select::cheapest>;

@@ -35,6 +35,7 @@
 #include "vattn/policy.hpp"             // the slots, and the paper's presets
 #include "vattn/exact_attention.hpp"    // every row
 #include "vattn/call/looks.hpp"         // looks at a sample until it is enough
+#include "vattn/uniform_attention.hpp"  // a ranking's best and a uniform sample
 #include "vattn/importance_attention.hpp"  // rows by importance
 #include "vattn/store/shuffled_store.hpp"           // a cache made to be sampled
 #include "vattn/store/store_attention.hpp"    // and verified decode from it

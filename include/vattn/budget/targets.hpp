@@ -204,7 +204,7 @@ struct sdpa : pilot_then_budget {
     const double delta = level<B>(l.settings);
     const auto output_error = [&](double m, double share) {
       const double e1 = sum_radius<B>(n, m, share * delta) / norm, e2 = sum_radius<B>(d, m, (1 - share) * delta) / D;
-      return e2 < 1 && norm > 0 ? (e1 + e2) / (1 - e2) : std::numeric_limits<double>::infinity();
+      return norm > 0 ? stats::sdpa_error(e1, e2) : stats::infinity;
     };
     const auto rows = [&](double share) {
       double low = 0, high = std::max(1.0, d.population);
@@ -216,23 +216,8 @@ struct sdpa : pilot_then_budget {
       return high;
     };
     // Both radii grow without bound as their δ vanishes, so the error is unimodal in the share.
-    const double share = minimise(0.01, 0.99, [&](double s) { return output_error(d.sampled, s); });
+    const double share = stats::detail::minimise(0.01, 0.99, [&](double s) { return output_error(d.sampled, s); });
     return conclude<B>(l, output_error(d.sampled, share), rows(share));
-  }
-
- private:
-  template <class F>
-  [[nodiscard]] static double minimise(double a, double b, F&& f) noexcept {
-    constexpr double golden = 0.6180339887498949;
-    double x = b - golden * (b - a), y = a + golden * (b - a), fx = f(x), fy = f(y);
-    for (int i = 0; i < 20; ++i) {  // the interval shrinks to 6e-5 of its length
-      if (fx <= fy) {
-        b = y, y = x, fy = fx, x = b - golden * (b - a), fx = f(x);
-      } else {
-        a = x, x = y, fx = fy, y = a + golden * (b - a), fy = f(y);
-      }
-    }
-    return (a + b) / 2;
   }
 };
 

@@ -32,8 +32,7 @@ enum class soundness : std::uint8_t {
 ///  - evidence(h, e): what the sample says of head h's error.
 ///  - judge(h, e): the verdict, by stats::judge or a target.
 ///  - suffices(h, e, v): whether an output may rest on it: the promise holds, and no token that was left to chance
-///  could
-///    cost more than its share of ε.
+///    could cost more than its share of ε.
 ///  - next(h, e, v): otherwise, notes what the head asks of the next draw. False: nothing.
 ///  - record(h, e, v): the head's output, its certificate (stats::certify), and its rows where the call asks for them.
 /// certified_attention.hpp is none: its samples are fresh, each judged at a share of δ of its own.
