@@ -363,7 +363,9 @@ class index_mode : public roofline_mode<T> {
   static constexpr index_t page = 16;
 
   // FlashInfer's HND pages, in random order.
-  void make_pages(const roofline_cache<T>& cache) requires kernel::element<T> {
+  void make_pages(const roofline_cache<T>& cache)
+  requires kernel::element<T>
+  {
     const cache_shape& c = cache.shape();
     const index_t count = (c.n + page - 1) / page;
     indices_.resize(static_cast<std::size_t>(count));
@@ -382,7 +384,9 @@ class index_mode : public roofline_mode<T> {
       }
     }
   }
-  [[nodiscard]] auto pages(const cache_shape& c) const requires kernel::element<T> {
+  [[nodiscard]] auto pages(const cache_shape& c) const
+  requires kernel::element<T>
+  {
     return flashinfer_paged_kv(reinterpret_cast<const T*>(k_.data()), reinterpret_cast<const T*>(v_.data()),
                                page_order::hnd,
                                flashinfer_pages{.n_pages = static_cast<index_t>(indices_.size()),

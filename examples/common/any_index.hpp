@@ -22,8 +22,8 @@ class any_index {
 
   any_index() = default;
   template <class Index>
-  requires(!std::same_as<std::remove_cvref_t<Index>, any_index>) explicit any_index(Index index)
-      : self_(std::make_unique<model<Index>>(std::move(index))) {}
+  requires(!std::same_as<std::remove_cvref_t<Index>, any_index>)
+  explicit any_index(Index index) : self_(std::make_unique<model<Index>>(std::move(index))) {}
   any_index(const any_index& other) : self_(other.self_ ? other.self_->clone() : nullptr) {}
   any_index& operator=(any_index other) noexcept {
     self_ = std::move(other.self_);

@@ -11,7 +11,8 @@ namespace vattn::examples {
 class executor_ref {
  public:
   template <class E>
-  requires(!std::is_same_v<E, executor_ref> && executor<E>) explicit executor_ref(E& e) noexcept
+  requires(!std::is_same_v<E, executor_ref> && executor<E>)
+  explicit executor_ref(E& e) noexcept
       : executor_(&e), workers_(e.workers()), run_([](void* exec, index_t n, void* f, task call) {
           static_cast<E*>(exec)->for_each(n, [f, call](index_t i, index_t worker) { call(f, i, worker); });
         }) {}

@@ -131,10 +131,9 @@ struct own_share {
 
 /// Through an executor of at most `threads` workers. `memory` [workspace_bytes(plan)]. Allocates nothing.
 template <class Policy, class Q, kv_cache KV, executor E, class Observer = unobserved>
-requires(!std::integral<std::remove_cvref_t<E>>) status
-    run(const attention_plan<Policy>& p, const run_arguments<Q, KV>& a, std::span<std::byte> memory, E&& exec,
-        Observer&& observe = Observer{})
-noexcept {
+requires(!std::integral<std::remove_cvref_t<E>>)
+status run(const attention_plan<Policy>& p, const run_arguments<Q, KV>& a, std::span<std::byte> memory, E&& exec,
+           Observer&& observe = Observer{}) noexcept {
   if (status s = p.check(a, workers_of(exec)); !s) return s;
   workspace slices(memory);
   return p.functor()(a.q, a.cache, a.options, a.result, slices, a.key, exec, observe);

@@ -83,30 +83,20 @@ concept importance_sampler = requires {
 };
 /// sample::from_store, or derived from it.
 template <class S>
-concept samples_a_store = requires {
-  requires S::is_store;
-};
+concept samples_a_store = requires { requires S::is_store; };
 /// sample::from_index, or derived from it.
 template <class S>
-concept samples_by_index = requires {
-  requires S::is_index;
-};
+concept samples_by_index = requires { requires S::is_index; };
 /// sample::by_group_importance: one sample for the query heads of a KV head.
 template <class S>
-concept group_sampler = importance_sampler<S> && requires {
-  requires S::shared;
-};
+concept group_sampler = importance_sampler<S> && requires { requires S::shared; };
 /// sample::in_two_phases.
 template <class S>
-concept phased_sampler = importance_sampler<S> && requires {
-  requires S::two_phases;
-};
+concept phased_sampler = importance_sampler<S> && requires { requires S::two_phases; };
 
 /// Scores estimate the logits, with error scales.
 template <class S>
-concept estimates_logits = requires {
-  requires S::estimates;
-};
+concept estimates_logits = requires { requires S::estimates; };
 /// select::two_phase, or with its members.
 template <class S>
 concept two_phase_selector = requires(const S& s) {
@@ -117,7 +107,7 @@ concept two_phase_selector = requires(const S& s) {
 /// Every slot holds what its concept asks for; whether they go together is another question.
 template <class P>
 concept has_sampler = uniform_sampler<typename P::sampler> || importance_sampler<typename P::sampler> ||
-    samples_a_store<typename P::sampler> || samples_by_index<typename P::sampler>;
+                      samples_a_store<typename P::sampler> || samples_by_index<typename P::sampler>;
 template <class P>
 concept has_selector = selector_for<typename P::selector, query_row<detail::any_head>>;
 template <class P>
@@ -147,8 +137,7 @@ template <class P>
 concept store_bound = !from_store<P> || !finite_sample<P>;
 /// The same of an index, which is the selector: and is one to nobody else.
 template <class P>
-concept index_selector = from_index<P>
-== std::same_as<typename P::selector, select::beside>;
+concept index_selector = from_index<P> == std::same_as<typename P::selector, select::beside>;
 template <class P>
 concept index_bound = !from_index<P> || !finite_sample<P>;
 /// Asymptotic importance sampling makes probabilities of estimates and of their errors.
@@ -177,9 +166,10 @@ concept sound_scores = !finite_sample<P> || !scores_may_be_exceeded<typename P::
 /// target (a finite-sample bound to which the scores give no range reads all rows); a selector's heavy share is theirs
 /// alone: importance samplers take its scores.
 template <class P>
-concept attention_policy = has_slots<P> && mix::target<P> && mix::store_selector<P> && mix::store_bound<P> &&
-    mix::index_selector<P> && mix::index_bound<P> && mix::estimates<P> && mix::hard_bounds<P> &&
-    mix::certified_sampler<P> && mix::certified_bound<P> && mix::phases<P> && mix::sound_scores<P>;
+concept attention_policy =
+    has_slots<P> && mix::target<P> && mix::store_selector<P> && mix::store_bound<P> && mix::index_selector<P> &&
+    mix::index_bound<P> && mix::estimates<P> && mix::hard_bounds<P> && mix::certified_sampler<P> &&
+    mix::certified_bound<P> && mix::phases<P> && mix::sound_scores<P>;
 
 /// Configurations of the paper's experiments (section 5 and appendix of arXiv 2510.05688): sinks 128,
 /// window 128, heavy share and base rate in the ranges it gives, ε = δ. Use with verified_denominator,

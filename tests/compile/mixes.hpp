@@ -62,9 +62,11 @@ inline constexpr bool row_of_table = [] {
 
 /// One selector with: a uniform sampler of either kind; by importance; by group; in two phases; from a store.
 template <class Selector, serves Uniform, serves Importance, serves Group, serves Phases, serves Store>
-inline constexpr bool mixes_are = row_of_table<Selector, sample::uniform_without_replacement, Uniform>&& row_of_table<
-    Selector, sample::uniform_with_replacement, Uniform>&& row_of_table<Selector, sample::by_importance, Importance>&&
-    row_of_table<Selector, sample::by_group_importance, Group>&& row_of_table<Selector, sample::in_two_phases, Phases>&&
-        row_of_table<Selector, sample::from_store, Store>;
+inline constexpr bool mixes_are =
+    row_of_table<Selector, sample::uniform_without_replacement, Uniform> &&
+    row_of_table<Selector, sample::uniform_with_replacement, Uniform> &&
+    row_of_table<Selector, sample::by_importance, Importance> &&
+    row_of_table<Selector, sample::by_group_importance, Group> &&
+    row_of_table<Selector, sample::in_two_phases, Phases> && row_of_table<Selector, sample::from_store, Store>;
 
 }  // namespace vattn::test

@@ -34,7 +34,9 @@ class archive_writer {
 
   template <class T>
   requires std::is_trivially_copyable_v<T>
-  void operator()(const T& value) { put(&value, sizeof(T)); }
+  void operator()(const T& value) {
+    put(&value, sizeof(T));
+  }
   template <class T>
   requires std::is_trivially_copyable_v<T>
   void operator()(const std::vector<T>& values) {

@@ -118,7 +118,7 @@ class page_buffer {
       return fresh;
     }
 #endif
-    return static_cast<std::byte*>(::operator new (bytes, std::align_val_t{alignment}, std::nothrow));
+    return static_cast<std::byte*>(::operator new(bytes, std::align_val_t{alignment}, std::nothrow));
   }
 
   void release() noexcept {
@@ -128,7 +128,7 @@ class page_buffer {
       data_ = nullptr;
     }
 #endif
-    if (data_) ::operator delete (data_, std::align_val_t{alignment_});
+    if (data_) ::operator delete(data_, std::align_val_t{alignment_});
     data_ = nullptr, size_ = capacity_ = 0, alignment_ = small;
   }
   void swap(page_buffer& other) noexcept {

@@ -53,7 +53,8 @@ struct tensor_view {
   [[nodiscard]] constexpr explicit operator bool() const noexcept { return data != nullptr; }
 
   template <class... I>
-  requires(sizeof...(I) == Rank) [[nodiscard]] T& operator()(I... position) const noexcept {
+  requires(sizeof...(I) == Rank)
+  [[nodiscard]] T& operator()(I... position) const noexcept {
     const std::array<index_t, Rank> at{static_cast<index_t>(position)...};
     index_t offset = 0;
     for (std::size_t axis = 0; axis < Rank; ++axis) offset += at[axis] * strides[axis];

@@ -44,7 +44,7 @@ class workspace {
           "default-constructed workspace",
           memory_.size(), bytes);
     }
-    auto* fresh = static_cast<std::byte*>(::operator new (bytes, std::align_val_t{alignment}, std::nothrow));
+    auto* fresh = static_cast<std::byte*>(::operator new(bytes, std::align_val_t{alignment}, std::nothrow));
     if (fresh == nullptr) return status::error(errc::out_of_memory, "no memory for a workspace of %zu bytes", bytes);
     release();
     owned_ = fresh;
@@ -56,7 +56,7 @@ class workspace {
 
  private:
   void release() noexcept {
-    if (owned_) ::operator delete (owned_, std::align_val_t{alignment});
+    if (owned_) ::operator delete(owned_, std::align_val_t{alignment});
     owned_ = nullptr;
   }
   void swap(workspace& other) noexcept {

@@ -42,7 +42,8 @@ struct alone {
 class communicator_ref {
  public:
   template <communicator C>
-  requires(!std::same_as<C, communicator_ref>) explicit communicator_ref(C& c) noexcept
+  requires(!std::same_as<C, communicator_ref>)
+  explicit communicator_ref(C& c) noexcept
       : of_(&c),
         rank_(c.rank()),
         size_(c.size()),

@@ -36,9 +36,9 @@ struct block_queries {
 /// rows of bfloat16 are exact in half the instructions; it is recognised by what is left when the scale is taken
 /// off again. Other queries keep their float. `q` and `storage` must outlive the result.
 template <block_element T>
-requires(!std::same_as<T, q4_0_block>) [[nodiscard]] inline block_queries
-    prepare_queries(isa how, const float* q, index_t groups, index_t dim, float scale,
-                    std::span<float> storage) noexcept {
+requires(!std::same_as<T, q4_0_block>)
+[[nodiscard]] inline block_queries prepare_queries(isa how, const float* q, index_t groups, index_t dim, float scale,
+                                                   std::span<float> storage) noexcept {
   block_queries out{.how = how, .groups = groups, .dim = dim, .values = q};
 #if VATTN_DISPATCH
   if (how < isa::avx512) return out;
@@ -87,8 +87,8 @@ requires(!std::same_as<T, q4_0_block>) [[nodiscard]] inline block_queries
 
 /// out[g, i] = q_g·k_i, out [groups, block_rows]; places from `rows.count` on may be overwritten.
 template <block_element T>
-requires(!std::same_as<T, q4_0_block>) inline void block_logits(const block_queries& q, const block_of_rows& rows,
-                                                                float* out) noexcept {
+requires(!std::same_as<T, q4_0_block>)
+inline void block_logits(const block_queries& q, const block_of_rows& rows, float* out) noexcept {
 #if VATTN_DISPATCH
   if constexpr (std::same_as<T, q8_0_block>) {
     if (q.digits) return detail::logits_digits(q.digits, q.groups, q.dim, rows, out);
@@ -113,9 +113,9 @@ requires(!std::same_as<T, q4_0_block>) inline void block_logits(const block_quer
 
 /// acc[g] += Σ_i x[g, i]·v_i: x [groups, block_rows] weights, rows of dim elements of T, acc [groups, dim].
 template <block_element T>
-requires(!std::same_as<T, q4_0_block>) inline void block_add(isa how, const float* x, index_t groups,
-                                                             const block_of_rows& rows, index_t dim,
-                                                             float* acc) noexcept {
+requires(!std::same_as<T, q4_0_block>)
+inline void block_add(isa how, const float* x, index_t groups, const block_of_rows& rows, index_t dim,
+                      float* acc) noexcept {
 #if VATTN_DISPATCH
   if (how >= isa::avx512) return detail::add_avx512<T>(x, groups, rows, dim, acc);
   if (how == isa::avx2) return detail::add_avx2<T>(x, groups, rows, dim, acc);

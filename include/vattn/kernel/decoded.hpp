@@ -13,8 +13,7 @@ namespace vattn::VATTN_ABI::kernel {
 template <class R>
 concept decoded = requires(const R& r, std::size_t j, float* out) {
   { r.size() } -> std::convertible_to<std::size_t>;
-  { r.decode(j, j, out) }
-  noexcept;
+  { r.decode(j, j, out) } noexcept;
 };
 
 namespace detail {

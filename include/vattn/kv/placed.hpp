@@ -25,8 +25,7 @@ concept cell_places = requires(const P& p, index_t b) {
   { p.n_pages() } -> std::convertible_to<index_t>;
   { p.page_size() } -> std::convertible_to<index_t>;
   { p.length(b) } -> std::convertible_to<index_t>;
-  { p.sequence(b)(b) }
-  noexcept->std::same_as<cell_address>;
+  { p.sequence(b)(b) } noexcept -> std::same_as<cell_address>;
   { p.validate() } -> std::same_as<status>;
 };
 
@@ -106,10 +105,14 @@ class placed_head {
     return v_.format.at(v_first_ + c.page * v_.strides.page + c.slot * v_.strides.cell, dv());
   }
   /// For strided_head, where cells of a sequence follow each other and rows are of a type that block kernels read.
-  [[nodiscard]] kernel::strided_rows key_rows() const noexcept requires in_order {
+  [[nodiscard]] kernel::strided_rows key_rows() const noexcept
+  requires in_order
+  {
     return {k_first_ + sequence_(0).page * k_.strides.page + sequence_(0).slot * k_.strides.cell, k_.strides.cell};
   }
-  [[nodiscard]] kernel::strided_rows value_rows() const noexcept requires in_order {
+  [[nodiscard]] kernel::strided_rows value_rows() const noexcept
+  requires in_order
+  {
     return {v_first_ + sequence_(0).page * v_.strides.page + sequence_(0).slot * v_.strides.cell, v_.strides.cell};
   }
   [[nodiscard]] bool has_key_norms() const noexcept { return norms_.keys != nullptr; }

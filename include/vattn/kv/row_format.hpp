@@ -18,12 +18,9 @@ namespace vattn::VATTN_ABI {
 /// no other row may share; `multiple()`: what the width must be a multiple of; `alignment`: of `first`.
 template <class F>
 concept row_format = requires(const F& f, const std::byte* first, index_t width) {
-  { f.at(first, width) }
-  noexcept->kernel::row;
-  { f.extent(width) }
-  noexcept->std::same_as<index_t>;
-  { f.multiple() }
-  noexcept->std::same_as<index_t>;
+  { f.at(first, width) } noexcept -> kernel::row;
+  { f.extent(width) } noexcept -> std::same_as<index_t>;
+  { f.multiple() } noexcept -> std::same_as<index_t>;
   { F::alignment } -> std::convertible_to<std::size_t>;
   { F::width } -> std::convertible_to<index_t>;
 };

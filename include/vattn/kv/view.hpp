@@ -56,9 +56,7 @@ concept kv_head_with_key_norms = kv_head<H> && requires(const H& head, index_t t
 /// A KV head whose rows are in the order of their tokens, as all are but those that say `shuffled` (a
 /// shuffled_store's): rows can then be told from tokens by causality, windows, masks and positions.
 template <class H>
-concept rows_in_order = kv_head<H> && !requires {
-  requires H::shuffled;
-};
+concept rows_in_order = kv_head<H> && !requires { requires H::shuffled; };
 
 /// A cache: batch x KV heads. Sequences of a batch may differ in length (`head(b, h).size()`).
 template <class C>

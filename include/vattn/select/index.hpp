@@ -33,8 +33,7 @@ concept key_index = requires(I& i, const I& c, std::span<const float> key, index
   { c.size() } -> std::convertible_to<index_t>;
   { c.bytes() } -> std::convertible_to<std::size_t>;
   { c.scratch_size() } -> std::convertible_to<std::size_t>;
-  { c.score(key.data(), n, out, out, out) }
-  noexcept;
+  { c.score(key.data(), n, out, out, out) } noexcept;
   { I::estimates } -> std::convertible_to<bool>;
 };
 

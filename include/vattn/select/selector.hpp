@@ -48,10 +48,8 @@ struct score_buffers {
 template <class S, class Row>
 concept selector_for = requires(const S& s, const Row& row, const population& tokens, const score_buffers& b,
                                 ranking& r, index_t n, const config& c) {
-  { s.score(row, tokens, b) }
-  noexcept->std::same_as<score_result>;
-  { s.heavy_count(r, n, c) }
-  noexcept->std::convertible_to<index_t>;
+  { s.score(row, tokens, b) } noexcept -> std::same_as<score_result>;
+  { s.heavy_count(r, n, c) } noexcept -> std::convertible_to<index_t>;
 };
 
 /// Can places be ranked by these scores? A NaN says that the selector does not know, and the query is attended exactly.

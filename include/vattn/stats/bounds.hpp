@@ -47,16 +47,16 @@ concept described_bound = requires {
 };
 /// An asymptotic bound says how an error is distributed: q with P(error² > q·V) <= delta, V its estimated mean square.
 template <class B>
-concept asymptotic_bound = described_bound<B> &&
-                           B::kind == guarantee::asymptotic&& requires(const error_shape& e, double delta) {
-  { B::squared_quantile(e, delta) } -> std::convertible_to<double>;
-};
+concept asymptotic_bound =
+    described_bound<B> && B::kind == guarantee::asymptotic && requires(const error_shape& e, double delta) {
+      { B::squared_quantile(e, delta) } -> std::convertible_to<double>;
+    };
 /// A finite-sample bound says how far population·mean of m sampled terms is from the sum, with probability 1 − delta.
 template <class B>
-concept finite_bound = described_bound<B> &&
-                       B::kind == guarantee::finite_sample&& requires(const sum_evidence& e, double m, double delta) {
-  { B::radius(e, m, delta) } -> std::convertible_to<double>;
-};
+concept finite_bound = described_bound<B> && B::kind == guarantee::finite_sample &&
+                       requires(const sum_evidence& e, double m, double delta) {
+                         { B::radius(e, m, delta) } -> std::convertible_to<double>;
+                       };
 
 /// z·sqrt(Tr Σ) covers vectors of every spectrum only for δ <= 0.215 (Székely and Bakirov 2003), beyond which z² stays
 /// at its value there.

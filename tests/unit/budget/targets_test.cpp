@@ -243,7 +243,7 @@ TEST_CASE("the schedule doubles the sample, and the heavy rows where they are fr
 TEST_CASE("the unit of the values changes nothing", "[budget][targets]") {
   const plan steps{.sinks = 16, .window = 16, .heavy = 60, .rows = 300};
   const shape size{.n = 4000, .dk = 8, .dv = 6};
-  sampled_head one(size, 21, 1.5f, steps), small(size, 21, 1.5f, steps, [](problem<float>&p) {
+  sampled_head one(size, 21, 1.5f, steps), small(size, 21, 1.5f, steps, [](problem<float>& p) {
     for (float& x : p.v) x *= 0x1p-20f;
   });
   const auto check = [](const verdict& a, const verdict& b) {
