@@ -321,6 +321,8 @@ int events(const arguments& a) {
                              : below(2) == 0                ? "step"
                                              : kinds[static_cast<std::size_t>(below(static_cast<int>(kinds.size())))];
     if (served == steps / 4) settled = resident();
+    if (served > 0 && served % 500 == 0)
+      std::fprintf(stderr, "%d steps, %llu outputs checked\n", served, static_cast<unsigned long long>(watch.checked));
     const int q = below(sequences), n = s.next(q);
     const auto before = std::array{watch.checked, watch.rough, watch.violations};
     if (used() + 300 > room) {
