@@ -234,8 +234,8 @@ const sight& graph_attention::look(const attention_node& n, const ggml_tensor* m
 }
 
 // Codes of the cells that are seen and whose rows were written since they were coded. Coding a cell takes as long as
-// attending some twenty exactly: it is spread over steps, in which attention is exact, so that no step takes longer
-// than ggml's own would. False: there is more to do.
+// attending some twenty exactly: it is spread over steps, in which attention is exact, so that a step takes no
+// longer than ggml's own. False: there is more to do.
 bool graph_attention::bring_up(call& c, const attention_node& n, const sight& s, team::executor_of_team& threads) {
   layer_cache& layer = *c.layer;
   const index_t kv_heads = n.kv_heads();
