@@ -333,6 +333,7 @@ __global__ __launch_bounds__(gather_warps * 32, 2) void gather_kernel(const __gr
   auto& s = *reinterpret_cast<gather_shared<T, D>*>(memory);
   after_last_kernel();
   if (!first_round && __ldcg(k.w.counters + 2 * k.groups) == 0) return;
+  if (threadIdx.x == 0) tabulated_clt::table() = &k.quantiles;  // seen by all at the first of a share's barriers
   const int shares = k.gather_splits * k.chunks;
 #pragma unroll 1
   for (int base = 0; base < k.groups; base += listed_groups) {

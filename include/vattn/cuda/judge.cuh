@@ -149,8 +149,6 @@ __device__ inline void judge_chunk(const kernel_arguments& k, judge_shared& s, i
     for (int a = 0; a < z_groups; ++a) v2[a] += z[a][i] * z[a][i];
   }
   const float mine = sum_each<32>(v, lane), length2 = sum_each<8>(v2, lane);
-  if (lane == 0) tabulated_clt::table() = &k.quantiles;
-  __syncwarp();
   bool served = false;
   {
     int a = 1, b = min(lane, 27);
