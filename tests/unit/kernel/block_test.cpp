@@ -44,7 +44,8 @@ void check(index_t dim, index_t groups, index_t count, bool gathered, bool short
   const index_t total = 200, first = 5;
   const index_t stride = kernel::row_bytes<T>(dim) + 3 * static_cast<index_t>(sizeof(T));  // of odd alignment
   const std::vector<std::byte> rows = random_rows<T>(total, dim, stride, random);
-  std::vector<float> q(static_cast<std::size_t>(groups * dim)), x(static_cast<std::size_t>(groups * kernel::block_rows));
+  std::vector<float> q(static_cast<std::size_t>(groups * dim)),
+      x(static_cast<std::size_t>(groups * kernel::block_rows));
   const float scale = 0.31f;
   for (float& v : q) v = scale * (short_queries ? static_cast<float>(Eigen::bfloat16(normal(random))) : normal(random));
   std::vector<float> storage(kernel::query_storage(groups, dim), std::nanf(""));
@@ -92,7 +93,8 @@ void check(index_t dim, index_t groups, index_t count, bool gathered, bool short
       for (index_t d = 0; d < dim; ++d) {
         double want = 2, size = 2;
         for (index_t i = 0; i < count; ++i) {
-          const double term = static_cast<double>(x[static_cast<std::size_t>(g * kernel::block_rows + i)]) * element(i, d);
+          const double term =
+              static_cast<double>(x[static_cast<std::size_t>(g * kernel::block_rows + i)]) * element(i, d);
           want += term, size += std::abs(term);
         }
         worst =
