@@ -216,7 +216,7 @@ struct sdpa : pilot_then_budget {
       return high;
     };
     // Both radii grow without bound as their δ vanishes, so the error is unimodal in the share.
-    const double share = stats::detail::minimise(0.01, 0.99, [&](double s) { return output_error(d.sampled, s); });
+    const double share = stats::minimise(0.01, 0.99, [&](double s) { return output_error(d.sampled, s); });
     return conclude<B>(l, output_error(d.sampled, share), rows(share));
   }
 };

@@ -87,7 +87,7 @@ class ggml_cache : public placed_kv<padded_sequences, K, V> {
     return sizeof(T);
   }
   template <class B>
-  static constexpr index_t unit_of(block_rows<B>) noexcept {
+  static constexpr index_t unit_of(quantised_rows<B>) noexcept {
     return sizeof(B);
   }
 

@@ -42,7 +42,7 @@ struct plain_rows {
 
 /// ggml's q8_0 or q4_0.
 template <kernel::quantised_block B>
-struct block_rows {
+struct quantised_rows {
   using element = B;
   static constexpr std::size_t alignment = alignof(B);
   static constexpr index_t width = dynamic;
@@ -102,7 +102,7 @@ struct format_of<T, D> {
 };
 template <kernel::quantised_block B, index_t D>
 struct format_of<B, D> {
-  using type = block_rows<B>;
+  using type = quantised_rows<B>;
 };
 template <index_t D>
 struct format_of<kernel::e4m3, D> {

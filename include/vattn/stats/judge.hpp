@@ -42,6 +42,8 @@ template <asymptotic_bound B>
   return std::sqrt(squared_radius<B>(e.numerator_variance, 0, shape, delta));
 }
 
+}  // namespace detail
+
 /// Where f, of one minimum in [a, b], is least: golden sections, to 6e-5 of the length.
 template <class F>
 [[nodiscard]] VATTN_FN double minimise(double a, double b, F&& f) noexcept {
@@ -56,8 +58,6 @@ template <class F>
   }
   return (a + b) / 2;
 }
-
-}  // namespace detail
 
 /// The output's relative error if N is within e1 of itself and D within e2: (ε₁ + ε₂)/(1 − ε₂).
 [[nodiscard]] VATTN_FN constexpr double sdpa_error(double e1, double e2) noexcept {
@@ -96,7 +96,7 @@ template <asymptotic_bound B, target_kind Target = target_kind::output>
         return sdpa_error(detail::numerator_radius<B>(e, share * p.delta),
                           detail::denominator_radius<B>(e, (1 - share) * p.delta));
       };
-      radius = error(detail::minimise(0.01, 0.99, error));
+      radius = error(minimise(0.01, 0.99, error));
     }
     v.ratio = radius / p.epsilon * (radius / p.epsilon);
     v.needed_variance = e.variance / v.ratio;

@@ -9,6 +9,7 @@
 namespace {
 
 using namespace vattn;
+using kernel::block_rows;
 using kernel::isa;
 
 std::vector<isa> available() {
@@ -44,8 +45,7 @@ void check(index_t dim, index_t groups, index_t count, bool gathered, bool short
   const index_t total = 200, first = 5;
   const index_t stride = kernel::row_bytes<T>(dim) + 3 * static_cast<index_t>(sizeof(T));  // of odd alignment
   const std::vector<std::byte> rows = random_rows<T>(total, dim, stride, random);
-  std::vector<float> q(static_cast<std::size_t>(groups * dim)),
-      x(static_cast<std::size_t>(groups * kernel::block_rows));
+  std::vector<float> q(static_cast<std::size_t>(groups * dim)), x(static_cast<std::size_t>(groups * block_rows));
   const float scale = 0.31f;
   for (float& v : q) v = scale * (short_queries ? static_cast<float>(Eigen::bfloat16(normal(random))) : normal(random));
   std::vector<float> storage(kernel::query_storage(groups, dim), std::nanf(""));
@@ -68,7 +68,7 @@ void check(index_t dim, index_t groups, index_t count, bool gathered, bool short
   };
   for (const isa how : available()) {
     CAPTURE(to_string(how), dim, groups, count, gathered);
-    std::vector<float> out(static_cast<std::size_t>(groups * kernel::block_rows), -7),
+    std::vector<float> out(static_cast<std::size_t>(groups * block_rows), -7),
         acc(static_cast<std::size_t>(groups * dim), 2);
     const kernel::block_queries queries = kernel::prepare_queries<T>(how, q.data(), groups, dim, scale, storage);
     CHECK((queries.halves != nullptr) ==
@@ -82,7 +82,7 @@ void check(index_t dim, index_t groups, index_t count, bool gathered, bool short
     double worst = 0;
     for (index_t g = 0; g < groups; ++g) {
       for (index_t i = 0; i < count; ++i) {
-        const float got = out[static_cast<std::size_t>(g * kernel::block_rows + i)];
+        const float got = out[static_cast<std::size_t>(g * block_rows + i)];
         double want = 0, size = 0;
         for (index_t d = 0; d < dim; ++d) {
           const double term = static_cast<double>(q[static_cast<std::size_t>(g * dim + d)]) * element(i, d);
@@ -93,8 +93,7 @@ void check(index_t dim, index_t groups, index_t count, bool gathered, bool short
       for (index_t d = 0; d < dim; ++d) {
         double want = 2, size = 2;
         for (index_t i = 0; i < count; ++i) {
-          const double term =
-              static_cast<double>(x[static_cast<std::size_t>(g * kernel::block_rows + i)]) * element(i, d);
+          const double term = static_cast<double>(x[static_cast<std::size_t>(g * block_rows + i)]) * element(i, d);
           want += term, size += std::abs(term);
         }
         worst =
@@ -144,7 +143,7 @@ TEST_CASE("logits of q8_0 at the ends of quants, scales and queries", "[kernel][
     for (auto& q : b.quants) q = static_cast<std::int8_t>(random() % 3 == 0 ? random() % 2 * 255 + 128 : random());
   }
   const kernel::block_of_rows block({reinterpret_cast<const std::byte*>(rows.data()), 2 * sizeof rows[0]}, 0, count);
-  std::vector<float> q(dim), out(kernel::block_rows), storage(kernel::query_storage(1, dim));
+  std::vector<float> q(dim), out(block_rows), storage(kernel::query_storage(1, dim));
   for (const isa how : available()) {
     for (const int kind : {0, 1, 2, 3, 4}) {
       CAPTURE(to_string(how), kind);
@@ -202,7 +201,7 @@ TEST_CASE("halves of every kind are converted as in a row", "[kernel][block]") {
       float acc[64] = {};
       // One row of 64 elements.
       const kernel::block_of_rows row({reinterpret_cast<const std::byte*>(rows.data() + first), 128}, 0, 1);
-      float x[kernel::block_rows] = {one};
+      float x[block_rows] = {one};
       kernel::block_add<Eigen::half>(how, x, 1, row, 64, acc);
       for (std::size_t d = 0; d < 64; ++d)
         REQUIRE(acc[d] == kernel::half_to_float(std::bit_cast<std::uint16_t>(rows[first + d])));
@@ -215,7 +214,7 @@ TEST_CASE("block exponentials to 5e-7, and 0 far below", "[kernel][block]") {
     CAPTURE(to_string(how));
     double worst = 0;
     for (int start = 0; start < 400; ++start) {
-      float x[kernel::block_rows];
+      float x[block_rows];
       const index_t n = 1 + start % 64;
       for (index_t i = 0; i < n; ++i) x[i] = 3.25f - static_cast<float>(start * 64 + i) * 0.0034f;
       std::vector<float> before(x, x + n);
@@ -230,7 +229,7 @@ TEST_CASE("block exponentials to 5e-7, and 0 far below", "[kernel][block]") {
       CHECK(std::abs(static_cast<double>(total) - sum) <= 1e-5 * sum);
     }
     CHECK(worst < 5e-7);
-    float far[kernel::block_rows] = {0, -88, -200, -std::numeric_limits<float>::infinity()};
+    float far[block_rows] = {0, -88, -200, -std::numeric_limits<float>::infinity()};
     CHECK(kernel::block_exponentials(how, far, 4, 0) == 1);
     CHECK(far[0] == 1);
     CHECK((far[1] == 0 && far[2] == 0 && far[3] == 0));
@@ -255,9 +254,9 @@ TEST_CASE("the block maximum sees every place, and every number that is not fini
   constexpr float infinity = std::numeric_limits<float>::infinity();
   for (const isa how : available()) {
     CAPTURE(to_string(how));
-    for (index_t n = 1; n <= kernel::block_rows; ++n) {
+    for (index_t n = 1; n <= block_rows; ++n) {
       for (index_t at = 0; at < n; ++at) {
-        std::vector<float> x(kernel::block_rows, infinity);  // what lies behind n is not looked at
+        std::vector<float> x(block_rows, infinity);  // what lies behind n is not looked at
         std::fill_n(x.begin(), n, -3.0f);
         float top = 0;
         x[static_cast<std::size_t>(at)] = -2;
