@@ -128,8 +128,8 @@ class vattention {
       if (!indexed()) sparse = all_rows(cache.dk(), cache.dv());
     }
     sparse.shared = std::clamp<index_t>(group, 1, sparse.shared);
-    // Queries that see ranges share the heads' scan and sample, or the rows where all are read.
-    if (beside_cache && !options.mask && !options.positions)
+    // Queries share the heads' scan and sample, or the rows where all are read.
+    if (beside_cache)
       sparse.queries = std::clamp<index_t>(max_group / sparse.shared, 1, std::max<index_t>(1, q.extents[1]));
     return for_each_group(q, cache, options, result, memory, key, exec, sparse, [&](auto& heads) {
       each.attend(heads);

@@ -60,7 +60,7 @@ struct scratch {
     std::size_t matrix = 0;  // dv², twice, where a second moment is kept whole
     index_t sinks = 0, window = 0;
     index_t shared = 1;           // heads of a group that are attended together, at most max_shared
-    index_t queries = 1;          // with so many queries, where all see ranges: shared·queries <= max_shared
+    index_t queries = 1;          // with so many queries: shared·queries <= max_shared
     std::size_t group_bytes = 0;  // of memory for a group together
     bool cut = false;             // groups offer pieces of their work to workers that have none
   };
@@ -159,12 +159,12 @@ struct head_task {
   double log_floor = -std::numeric_limits<double>::infinity(), offset = 0;
 };
 
-/// Heads of one KV head, 1 to max_shared of them, query by query. Those of one query see the same tokens; where there
-/// are several queries, each sees a range.
+/// Heads of one KV head, 1 to max_shared of them, query by query. Those of one query see the same tokens.
 template <kv_head Head>
 class head_group {
  public:
-  void push(head_task<Head>&& task) noexcept { tasks_[static_cast<std::size_t>(size_++)].emplace(std::move(task)); }
+  void push(head_task<Head>&& task) noexcept { put(size_++, std::move(task)); }
+  void put(index_t g, head_task<Head>&& task) noexcept { tasks_[static_cast<std::size_t>(g)].emplace(std::move(task)); }
   [[nodiscard]] index_t size() const noexcept { return size_; }
   [[nodiscard]] head_task<Head>& operator[](index_t g) noexcept { return *tasks_[static_cast<std::size_t>(g)]; }
   std::span<std::byte> memory{};  ///< sparse_sizes::group_bytes
@@ -261,7 +261,8 @@ template <class Q, kv_cache KV, executor E, class Attend>
       s.chosen = result.decisions.at(b, t, h);
       s.chosen.clear();
       const query_row<head_type> row = make_row(q, head, options, b, t, h, b * cache.n_kv_heads() + kv, s.query);
-      const population tokens = visible_tokens(row, n, n_queries, t, options, sparse, s);
+      const population tokens =
+          i % heads == 0 ? visible_tokens(row, n, n_queries, t, options, sparse, s) : together[i - 1].tokens;
       const random_stream stream(key.at(b, t), key.first_head + static_cast<std::uint32_t>(h));
       head_task<head_type> one{.row = row, .tokens = tokens, .stream = stream, .s = s, .query = t};
       one.state = softmax_state(s.state);

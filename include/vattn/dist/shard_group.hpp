@@ -58,7 +58,7 @@ class shard_sampler : index_sampler<Policy, Head> {
   using B = typename Policy::bound;
   using base::at, base::away_wanted_, base::costs_, base::estimate_, base::group_, base::head_, base::heads_,
       base::log_mass_, base::log_sum_, base::promise_, base::reader_, base::scanned_, base::settings_, base::shape,
-      base::tables_, base::tokens_, base::wanted_;
+      base::tables_, base::n_visible_, base::wanted_;
 
  public:
   /// `settings` has the shard's own numbers of sinks and window. `sink_logits` [heads].
@@ -92,11 +92,11 @@ class shard_sampler : index_sampler<Policy, Head> {
 
   void open(std::span<std::byte> to) noexcept {
     // Tables, certain rows, a look at scores; else all rows are to be read.
-    const bool samples = !whole_ && tokens_.size() >= costs_.least && this->may_pay() && this->find_cells();
+    const bool samples = !whole_ && n_visible_ >= costs_.least && this->may_pay() && this->find_cells();
     whole_ = !samples || !base::open();
     wire_writer out(to);
     const double unit = whole_ ? 1 : double{this->codes_.units().reach};
-    out.put(static_cast<double>(tokens_.size()));
+    out.put(static_cast<double>(n_visible_));
     out.put(whole_ ? 0.0 : 1.0);
     out.put(unit);
     out.put(static_cast<double>(whole_ ? 0 : this->cells_));
@@ -279,7 +279,7 @@ class shard_sampler : index_sampler<Policy, Head> {
     index_reader<Head>& read = *reader_;
     if (!planned_ && !this->make_plan()) return false;
     planned_ = true;
-    const auto most = static_cast<index_t>(settings_.max_density * static_cast<double>(tokens_.size()));
+    const auto most = static_cast<index_t>(settings_.max_density * static_cast<double>(n_visible_));
     for (int attempt = 0; attempt < 4; ++attempt) {
       if (!this->scan_for_wanted()) return false;
       const bool enough = this->weigh_enough();
@@ -310,12 +310,12 @@ class shard_sampler : index_sampler<Policy, Head> {
     counts.unsound = counts.breaches > stats::breaches_of_errors(read.keys_read()) ? 1 : 0;
   }
   void gather_all(look_counts& counts) noexcept {
-    counts.certain = tokens_.size();
+    counts.certain = n_visible_;
     for (index_t h = 0; h < heads_; ++h) {
       const softmax_state& s = group_[h].state;
       if (group_[h].done || s.empty()) continue;
       sums_.add_certain(h, double{s.max_logit()}, s.denominator(), s.numerator().data(), s.power(), nullptr,
-                        own_.centre.data(), tokens_.size());
+                        own_.centre.data(), n_visible_);
     }
   }
 

@@ -88,7 +88,7 @@ class index_sampler : protected index_thresholds<Policy, Head> {
                     .kind = B::kind,
                     .bound = B::name,
                     .assumptions = assumptions});
-    record_rows(task, this->certain_of(g) == this->certain_);
+    record_rows(task);
     put_estimate(task, reader_->reference(g), e.denominator, s_.output.data() + g * head_.dv());
   }
 
@@ -104,7 +104,7 @@ class index_sampler : protected index_thresholds<Policy, Head> {
       "asymptotic, as stated by the bound; and the codes' stated errors are true";
 
   [[nodiscard]] index_t most_rows() const noexcept {
-    return static_cast<index_t>(settings_.max_density * static_cast<double>(this->tokens_.size()));
+    return static_cast<index_t>(settings_.max_density * static_cast<double>(this->n_visible_));
   }
 
   // Where sampling came to nothing it is left for a while: twice as long each time.
@@ -242,7 +242,7 @@ class index_sampler : protected index_thresholds<Policy, Head> {
     }
     const double rows = plan_.choose(wanted_, static_cast<double>(cells_));
     guessed_ = false;
-    return this->costs_.key * rows + this->costs_.once < static_cast<double>(this->tokens_.size());
+    return this->costs_.key * rows + this->costs_.once < static_cast<double>(this->n_visible_);
   }
 
   // Reads the keys that the wanted thresholds take, and of lower ones as long as they show that this is not enough.
@@ -284,14 +284,14 @@ class index_sampler : protected index_thresholds<Policy, Head> {
                : 0;
   }
 
-  // The rows behind an output with their weights, where the call asks for them; `all`: it sees all certain ones.
-  void record_rows(const head_task<Head>& task, bool all) noexcept {
+  // The rows behind an output with their weights, where the call asks for them.
+  void record_rows(const head_task<Head>& task) noexcept {
     const chosen_rows& to = task.s.chosen;
     if (!to) return;
     to.clear();
     for (const ordinal o : this->certain_cells()) {
       const index_t cell = index_t{o};
-      if (all || (cell >= task.tokens[0] && cell < task.tokens[0] + task.tokens.size())) to.add(cell, 1);
+      if (this->seen_by().sees(task.query - group_[0].query, cell)) to.add(cell, 1);
     }
     for (index_t i = 0; i < reader_->picks(); ++i) {
       if (reader_->weight(i) > 0) to.add(reader_->cell(i), static_cast<double>(reader_->weight(i)));
@@ -318,6 +318,38 @@ class index_sampler : protected index_thresholds<Policy, Head> {
   std::array<stats::evidence, max_group> estimate_{}, now_{};  // the last that was judged; of the sample at hand
 };
 
+/// Query by query, the heads of those that see nearly the same cells together: `attend(heads, seen)` for each such set.
+/// What only some of them see is read for all, so that it may be half of what a scan and tables of one's own cost.
+/// `views` [queries, blocks of n cells].
+template <kv_head Head, class Attend>
+void attend_by_views(head_group<Head>& group, const index_costs& costs, std::span<std::uint64_t> views,
+                     Attend&& attend) noexcept {
+  const index_t queries = group[group.size() - 1].query - group[0].query + 1, each = group.size() / queries;
+  if (queries == 1) return attend(group, cells_of_queries{});
+  const index_t n = group[0].row.head.size(), blocks = n / kernel::scan_keys + 1;
+  const cells_of_queries seen{views.data(), queries, blocks};
+  for (index_t q = 0; q < queries; ++q) {
+    const population& own = group[q * each].tokens;
+    mark_cells(own, 0, own.size(),
+               views.subspan(static_cast<std::size_t>(q * blocks), static_cast<std::size_t>(blocks)));
+  }
+  const double most = std::min((costs.once + costs.scan * static_cast<double>(n)) / 2, static_cast<double>(n) / 16);
+  for (index_t first = 0, last = 1; first < queries; first = last++) {
+    for (double apart = 0; last < queries; ++last) {
+      apart += static_cast<double>(seen.apart(first, last));
+      if (apart > most) break;
+    }
+    const cells_of_queries here =
+        last - first > 1 ? cells_of_queries{seen.bits + first * blocks, last - first, blocks} : cells_of_queries{};
+    if (last - first == queries) return attend(group, here);
+    head_group<Head> some;
+    some.memory = group.memory, some.helpers = group.helpers, some.worker = group.worker;
+    for (index_t g = first * each; g < last * each; ++g) some.push(std::move(group[g]));
+    attend(some, here);
+    for (index_t g = 0; g < some.size(); ++g) group.put(first * each + g, std::move(some[g]));
+  }
+}
+
 /// Every head of the group by its index.
 template <class Policy, kv_head Head, class Indices>
 void attend_by_index(head_group<Head>& group, const config& settings, const Indices& indices) noexcept {
@@ -330,9 +362,13 @@ void attend_by_index(head_group<Head>& group, const config& settings, const Indi
   index_memory* const remembered =
       indices.memory.empty() ? nullptr : &indices.memory[static_cast<std::size_t>(row.kv_head)];
   const index_t kv = row.kv_head % kv_heads;
-  index_sampler<Policy, Head>(group, settings, index.codes(kv), index.value_centre(kv), indices.costs, remembered,
-                              scratch)
-      .run();
+  attend_by_views(group, indices.costs, scratch.views, [&](head_group<Head>& heads, const cells_of_queries& seen_by) {
+    index_scratch own = scratch;
+    own.reader.seen_by = seen_by;
+    index_sampler<Policy, Head>(heads, settings, index.codes(kv), index.value_centre(kv), indices.costs, remembered,
+                                own)
+        .run();
+  });
 }
 
 }  // namespace vattn::VATTN_ABI

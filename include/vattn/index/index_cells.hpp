@@ -29,84 +29,87 @@ class index_cells {
         costs_(costs),
         s_(memory),
         head_(group[0].row.head),
-        tokens_(seen_together(group)),
         codes_(codes),
         heads_(group.size()),
         random_(group[0].stream) {
     tables_.query.scan.numbers = (std::uint64_t{random_.next()} << 32) | random_.next();
-    for (index_t g = 0; g < heads_; ++g) {
-      const population& own = group[g].tokens;
-      if (own.size() == tokens_.size()) continue;  // all of them
-      front_ = std::max(front_, own[0] - tokens_[0]);
-      back_ = std::max(back_, tokens_[0] + tokens_.size() - own[0] - own.size());
-    }
+    n_visible_ = seen_by() ? seen_by().seen_by_any() : group[0].tokens.size();
+    for (index_t g = 0; g < heads_; ++g) apart_ = std::max(apart_, n_visible_ - group[g].tokens.size());
   }
 
  protected:
   [[nodiscard]] static constexpr std::size_t at(index_t i) noexcept { return static_cast<std::size_t>(i); }
-  // What is read for certain at the ends: with several queries, what not all of them see is among it.
-  [[nodiscard]] index_t sinks() const noexcept { return std::min(settings_.sinks + front_, tokens_.size()); }
-  [[nodiscard]] index_t window() const noexcept { return std::min(settings_.window + back_, tokens_.size() - sinks()); }
-  // The tokens of one query, or, of several that see ranges, those that any of them sees.
-  [[nodiscard]] static population seen_together(head_group<Head>& group) noexcept {
-    const population& one = group[0].tokens;
-    if (group[0].query == group[group.size() - 1].query) return one;
-    index_t first = one[0], last = one[0] + one.size();
-    for (index_t g = 1; g < group.size(); ++g) {
-      const population& own = group[g].tokens;
-      first = std::min(first, own[0]), last = std::max(last, own[0] + own.size());
-    }
-    return {first, last};
-  }
-  // Rows that are read for certain and that a head's query sees.
+  // Which cells each of several queries sees; none where all heads have the same query.
+  [[nodiscard]] const cells_of_queries& seen_by() const noexcept { return s_.reader.seen_by; }
+  // Rows that are read for certain and that a head's query sees: what not all queries see is certain.
   [[nodiscard]] index_t certain_of(index_t g) const noexcept {
-    return certain_ - (tokens_.size() - group_[g].tokens.size());
+    return certain_ - (n_visible_ - group_[g].tokens.size());
   }
 
-  [[nodiscard]] bool may_pay() const noexcept { return index_may_pay(tokens_.size(), sinks() + window(), costs_); }
+  [[nodiscard]] bool may_pay() const noexcept {
+    return index_may_pay(n_visible_, std::min(n_visible_, settings_.sinks + settings_.window + apart_), costs_);
+  }
   [[nodiscard]] std::span<const ordinal> certain_cells() const noexcept { return s_.certain.first(at(certain_)); }
 
-  // Which cells are sampled, and which are read for certain: sinks, window, and what has no code. False: too many.
+  // Which cells are sampled, and which are read for certain: sinks, window, what not all queries see, and what has no
+  // code. False: too many.
   [[nodiscard]] bool find_cells() noexcept {
-    const index_t n = tokens_.size(), first = sinks(), last = n - window();
-    certain_ = 0;
-    const auto certain = [&](index_t cell) {
-      if (certain_ == static_cast<index_t>(s_.certain.size())) return false;
-      s_.certain[at(certain_++)] = static_cast<ordinal>(cell);
-      return true;
-    };
-    for (index_t j = 0; j < first; ++j) {
-      if (!certain(tokens_[j])) return false;
-    }
-    for (index_t j = last; j < n; ++j) {
-      if (!certain(tokens_[j])) return false;
-    }
-    if (tokens_.contiguous()) {
-      const index_t from = tokens_[first], to = tokens_[last - 1] + 1;
-      first_block_ = from / kernel::scan_keys, end_block_ = (to - 1) / kernel::scan_keys + 1;
-      std::fill(s_.seen.begin() + first_block_, s_.seen.begin() + end_block_, ~std::uint64_t{0});
-      s_.seen[at(first_block_)] &= ~std::uint64_t{0} << (from % kernel::scan_keys);
-      s_.seen[at(end_block_ - 1)] &= ~std::uint64_t{0} >> (end_block_ * kernel::scan_keys - to);
-    } else {
-      first_block_ = 0, end_block_ = static_cast<index_t>(s_.seen.size());
-      std::fill(s_.seen.begin(), s_.seen.end(), std::uint64_t{0});
-      for (index_t j = first; j < last; ++j) {
-        const index_t cell = tokens_[j];
-        s_.seen[at(cell / kernel::scan_keys)] |= std::uint64_t{1} << (cell % kernel::scan_keys);
-      }
-    }
-    cells_ = 0;
+    certain_ = cells_ = 0;
+    if (!(seen_by() ? find_shared() : find_own())) return false;
     const std::span<const std::uint64_t> coded = codes_.coded();
     for (index_t b = first_block_; b < end_block_; ++b) {
       const std::uint64_t known = at(b) < coded.size() ? coded[at(b)] : 0;
       for (std::uint64_t left = s_.seen[at(b)] & ~known; left != 0; left &= left - 1) {
-        if (!certain(b * kernel::scan_keys + std::countr_zero(left))) return false;
+        if (!add_certain(b * kernel::scan_keys + std::countr_zero(left))) return false;
       }
       s_.seen[at(b)] &= known;
       cells_ += std::popcount(s_.seen[at(b)]);
     }
     find_rise();
     return cells_ >= costs_.least;
+  }
+
+  [[nodiscard]] bool add_certain(index_t cell) noexcept {
+    if (certain_ == static_cast<index_t>(s_.certain.size())) return false;
+    s_.certain[at(certain_++)] = static_cast<ordinal>(cell);
+    return true;
+  }
+  // What the one query sees between sinks and window, and these. False: too many.
+  [[nodiscard]] bool find_own() noexcept {
+    const population& tokens = group_[0].tokens;
+    const index_t n = tokens.size(), first = std::min(settings_.sinks, n), last = std::max(first, n - settings_.window);
+    for (index_t j = 0; j < first; ++j) {
+      if (!add_certain(tokens[j])) return false;
+    }
+    for (index_t j = last; j < n; ++j) {
+      if (!add_certain(tokens[j])) return false;
+    }
+    const auto [from, to] = mark_cells(tokens, first, last, s_.seen);
+    first_block_ = from, end_block_ = to;
+    return true;
+  }
+  // Of several queries: what all of them see but for their sinks and windows; these, and what only some see. False: too
+  // many.
+  [[nodiscard]] bool find_shared() noexcept {
+    const cells_of_queries& by = seen_by();
+    for (index_t b = 0; b < by.blocks; ++b) s_.seen[at(b)] = by.all(b);
+    for (index_t g = 0; g < heads_; ++g) {
+      if (g > 0 && group_[g].query == group_[g - 1].query) continue;
+      const population& own = group_[g].tokens;
+      const auto leave = [&](index_t cell) {
+        s_.seen[at(cell / kernel::scan_keys)] &= ~(std::uint64_t{1} << (cell % kernel::scan_keys));
+      };
+      for (index_t j = 0; j < std::min(settings_.sinks, own.size()); ++j) leave(own[j]);
+      for (index_t j = std::max<index_t>(0, own.size() - settings_.window); j < own.size(); ++j) leave(own[j]);
+    }
+    first_block_ = by.blocks, end_block_ = 0;
+    for (index_t b = 0; b < by.blocks; ++b) {
+      if (s_.seen[at(b)] != 0) first_block_ = std::min(first_block_, b), end_block_ = b + 1;
+      for (std::uint64_t left = by.any(b) & ~s_.seen[at(b)]; left != 0; left &= left - 1) {
+        if (!add_certain(b * kernel::scan_keys + std::countr_zero(left))) return false;
+      }
+    }
+    return true;
   }
 
   // Tables of the queries. False: a query is not finite.
@@ -205,11 +208,17 @@ class index_cells {
   void find_rise() noexcept {
     for (index_t g = 0; g < heads_; ++g) {
       query_row<Head> bare = group_[g].row;
+      // Heads that are attended together have one mask.
+      if (g > 0 && group_[g].query == group_[g - 1].query && bare.alibi_slope == group_[g - 1].row.alibi_slope) {
+        rise_[at(g)] = rise_[at(g - 1)];
+        continue;
+      }
+      const population& own = group_[g].tokens;
       bare.softcap = 0;
       rise_[at(g)] = 0;
       if (!bare.transforms()) continue;
-      for (index_t j = 0; j < tokens_.size(); ++j)
-        rise_[at(g)] = std::max(rise_[at(g)], static_cast<double>(bare.transform(0, tokens_[j])));
+      for (index_t j = 0; j < own.size(); ++j)
+        rise_[at(g)] = std::max(rise_[at(g)], static_cast<double>(bare.transform(0, own[j])));
     }
   }
 
@@ -218,8 +227,7 @@ class index_cells {
   const index_costs costs_;
   index_scratch s_;
   const Head head_;
-  const population tokens_;
-  index_t front_ = 0, back_ = 0;  // tokens at its ends that not all queries see
+  index_t n_visible_ = 0, apart_ = 0;  // tokens that any query sees; of them, the most that one does not
   const cell_codes& codes_;
   cell_tables tables_;
   index_t heads_, certain_ = 0, cells_ = 0, first_block_ = 0, end_block_ = 0;

@@ -235,12 +235,10 @@ class index_keys {
   }
   // Rows that other queries of the group see, and this one does not. They are all certain.
   void hide(index_t h, const ordinal* cells, index_t n, float what) noexcept {
-    if (group_[0].query == group_[heads_ - 1].query) return;  // all see the same
-    const population& seen = group_[h].tokens;
+    if (!m_.seen_by) return;
     float* l = m_.x.data() + h * kernel::block_rows;
     for (index_t i = 0; i < n; ++i) {
-      const index_t token = index_t{cells[i]};
-      if (token < seen[0] || token >= seen[0] + seen.size()) l[i] = what;
+      if (!m_.seen_by.sees(group_[h].query - group_[0].query, index_t{cells[i]})) l[i] = what;
     }
   }
   void transform(index_t h, const ordinal* cells, float* l, index_t n) const noexcept {

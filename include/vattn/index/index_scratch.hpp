@@ -4,7 +4,9 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <span>
+#include <utility>
 
 #include "vattn/estimate/strata.hpp"
 #include "vattn/exact_attention.hpp"
@@ -16,6 +18,56 @@
 #include "vattn/sample/thinning.hpp"
 
 namespace vattn::VATTN_ABI {
+
+/// Which cells each of the queries of a group sees, a bit each: none where all heads have the same query.
+struct cells_of_queries {
+  const std::uint64_t* bits = nullptr;  // [queries, blocks]
+  index_t queries = 0, blocks = 0;
+
+  [[nodiscard]] explicit operator bool() const noexcept { return bits != nullptr; }
+  [[nodiscard]] bool sees(index_t query, index_t cell) const noexcept {
+    return !bits || (bits[query * blocks + cell / kernel::scan_keys] >> (cell % kernel::scan_keys) & 1) != 0;
+  }
+  [[nodiscard]] std::uint64_t all(index_t block) const noexcept {
+    std::uint64_t seen = ~std::uint64_t{0};
+    for (index_t q = 0; q < queries; ++q) seen &= bits[q * blocks + block];
+    return seen;
+  }
+  [[nodiscard]] std::uint64_t any(index_t block) const noexcept {
+    std::uint64_t seen = 0;
+    for (index_t q = 0; q < queries; ++q) seen |= bits[q * blocks + block];
+    return seen;
+  }
+  [[nodiscard]] index_t seen_by_any() const noexcept {
+    index_t count = 0;
+    for (index_t b = 0; b < blocks; ++b) count += std::popcount(any(b));
+    return count;
+  }
+  /// Cells that one of two queries sees and the other does not.
+  [[nodiscard]] index_t apart(index_t q, index_t r) const noexcept {
+    index_t count = 0;
+    for (index_t b = 0; b < blocks; ++b) count += std::popcount(bits[q * blocks + b] ^ bits[r * blocks + b]);
+    return count;
+  }
+};
+
+/// Sets the bits of tokens [first, last) of a query, and clears all others. The blocks that have any.
+inline std::pair<index_t, index_t> mark_cells(const population& tokens, index_t first, index_t last,
+                                              std::span<std::uint64_t> bits) noexcept {
+  constexpr index_t width = kernel::scan_keys;
+  const auto at = [](index_t i) { return static_cast<std::size_t>(i); };
+  std::fill(bits.begin(), bits.end(), std::uint64_t{0});
+  if (first >= last) return {0, 0};
+  if (!tokens.contiguous()) {
+    for (index_t j = first; j < last; ++j) bits[at(tokens[j] / width)] |= std::uint64_t{1} << (tokens[j] % width);
+    return {0, static_cast<index_t>(bits.size())};
+  }
+  const index_t from = tokens[first], to = tokens[last - 1] + 1, begin = from / width, end = (to - 1) / width + 1;
+  std::fill(bits.begin() + begin, bits.begin() + end, ~std::uint64_t{0});
+  bits[at(begin)] &= ~std::uint64_t{0} << (from % width);
+  bits[at(end - 1)] &= ~std::uint64_t{0} >> (end * width - to);
+  return {begin, end};
+}
 
 /// What a worker needs for a piece of a group's work, at the front of its group's memory.
 struct index_piece {
@@ -79,6 +131,7 @@ struct index_reader_memory {
   std::span<stratum> parts;                             // [index_piece::most]
   std::span<spread_seen> spreads;                       // [index_piece::most]
   std::span<float> part_vectors;                        // [index_piece::most, heads, dv]
+  cells_of_queries seen_by;                             // of the group's queries, set by whoever knows them
   index_t capacity = 0;
   static constexpr index_t levels = 4096;  // steps below 0: no noise is larger than 17·ln 2 nats
 
@@ -127,6 +180,7 @@ struct index_scratch {
   std::span<float> output, away;   // [heads, dv]
   std::span<float> vectors;        // [2, dv]
   std::span<std::uint64_t> seen;   // [blocks]: cells that are sampled
+  std::span<std::uint64_t> views;  // [heads, blocks]: cells_of_queries
   std::span<ordinal> certain;      // cells that are read for certain
   std::span<float> plan;           // plan_sample::storage_size
   std::span<float> looks;          // [heads + 1, look_cells], scores
@@ -153,7 +207,9 @@ struct index_scratch {
     s.output = a.take<float>(h * width);
     s.away = a.take<float>(h * width);
     s.vectors = a.take<float>(2 * width);
-    s.seen = a.take<std::uint64_t>(static_cast<std::size_t>(n / kernel::scan_keys + 1));
+    const auto blocks = static_cast<std::size_t>(n / kernel::scan_keys + 1);
+    s.seen = a.take<std::uint64_t>(blocks);
+    s.views = a.take<std::uint64_t>(h * blocks);
     s.certain = a.take<ordinal>(static_cast<std::size_t>(most_certain(n, fixed)));
     s.plan = a.take<float>(plan_sample::storage_size(heads));
     s.looks = a.take<float>((h + 1) * static_cast<std::size_t>(look_cells));
