@@ -18,6 +18,10 @@ struct bernstein : default_policy {
 struct denominator : default_policy {
   using target = budget::denominator;
 };
+// A uniform sample that goes by nothing but what it has drawn.
+struct unguarded : default_policy {
+  using selector = select::none;
+};
 
 // All rows, with the bits of exact_attention and the promise on the certificate.
 template <class Policy = default_policy, class T, kv_cache KV, class E = serial_executor>
@@ -89,6 +93,40 @@ TEST_CASE("a bare view is attended as exact attention does it, whatever a call c
   p.set_mask(mask);
   check_dense(p, p.cache());
   check_plan(p, true);
+}
+
+TEST_CASE("a token that no sample of a bare view would show is read, whatever norms the view keeps",
+          "[attention][default]") {
+  problem<float> p({.heads = 1, .kv_heads = 1, .n = 8000, .dk = 64, .dv = 32}, 9u, 1.1f);
+  const auto row_norm = [](const std::vector<float>& rows, index_t i, index_t width) {
+    return kernel::norm(kernel::const_float_map(rows.data() + i * width, width));
+  };
+  std::vector<float> keys(static_cast<std::size_t>(p.s.n)), values(keys.size());
+  // A third of the softmax for a key that is no longer than others are.
+  constexpr index_t needle = 4000;
+  for (index_t j = 0; j < p.s.dk; ++j)
+    p.k[static_cast<std::size_t>(needle * p.s.dk + j)] =
+        p.q[static_cast<std::size_t>(j)] * 8 / row_norm(p.q, 0, p.s.dk);
+  for (index_t j = 0; j < p.s.dv; ++j) p.v[static_cast<std::size_t>(needle * p.s.dv + j)] = -3;
+  for (index_t i = 0; i < p.s.n; ++i) {
+    keys[static_cast<std::size_t>(i)] = row_norm(p.k, i, p.s.dk);
+    values[static_cast<std::size_t>(i)] = row_norm(p.v, i, p.s.dv);
+  }
+  CHECK(std::count_if(keys.begin(), keys.end(), [&](float k) { return k > keys[needle]; }) > 2000);
+  const kv_view<float> view = p.cache().with_norms({.keys = keys.data(), .values = values.data()});
+  check_dense(p, view);
+
+  results exact(p.s), r(p.s);
+  workspace memory;
+  REQUIRE(exact_attention(p.query(), view, p.options, exact.view(), memory).ok());
+  const std::vector<double> want(exact.row(0), exact.row(0) + p.s.dv);
+  index_t wrong = 0;
+  for (std::uint32_t step = 0; step < 40; ++step) {
+    const vattention<unguarded> attend({.epsilon = 0.1, .delta = 0.1, .sinks = 4, .window = 4});
+    REQUIRE(attend(p.query(), view, p.options, r.view(), memory, {.seed = 1, .step = step}).ok());
+    wrong += !r.certificates[0].exact() && reference::relative_error(r.row(0), want) > 0.1;
+  }
+  CHECK(wrong > 20);  // δ says 4
 }
 
 TEST_CASE("a finite-sample promise and published targets are kept by all rows", "[attention][default]") {
