@@ -11,11 +11,14 @@ add_library(vattn_support INTERFACE)
 target_include_directories(vattn_support INTERFACE "${PROJECT_SOURCE_DIR}/tools")
 target_link_libraries(vattn_support INTERFACE vattn::vattn)
 
-option(VATTN_QUICK_BENCHMARKS "Build benchmarks unoptimised, in half the time, where that they run is all that matters" OFF)
-
-# For a directory of benchmarks. __OPTIMIZE__ tells the programs, which say it.
-macro(vattn_quick_benchmarks)
-  if(VATTN_QUICK_BENCHMARKS AND CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang")
-    add_compile_options(-O0)
+# A build that is not optimised, so that it is soon done, optimises what would run for minutes, or is about the code that
+# users get. Not where sanitizers watch: there it takes longer to compile than it saves.
+set(VATTN_OPTIMISE OFF)
+if(CMAKE_BUILD_TYPE STREQUAL "Release" AND CMAKE_CXX_FLAGS_RELEASE MATCHES "-O0" AND NOT CMAKE_CXX_FLAGS MATCHES "sanitize|coverage")
+  set(VATTN_OPTIMISE ON)
+endif()
+function(vattn_optimise target level)
+  if(VATTN_OPTIMISE)
+    target_compile_options(${target} PRIVATE -O${level})
   endif()
-endmacro()
+endfunction()
