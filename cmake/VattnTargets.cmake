@@ -11,6 +11,12 @@ add_library(vattn_support INTERFACE)
 target_include_directories(vattn_support INTERFACE "${PROJECT_SOURCE_DIR}/tools")
 target_link_libraries(vattn_support INTERFACE vattn::vattn)
 
+# Our units have hundreds of instantiations: GCC need not look for garbage so often. A tenth of the time for a tenth more
+# memory.
+if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+  add_compile_options($<$<COMPILE_LANGUAGE:CXX>:--param=ggc-min-heapsize=524288>)
+endif()
+
 # A build that is not optimised, so that it is soon done, optimises what would run for minutes, or is about the code that
 # users get. Not where sanitizers watch: there it takes longer to compile than it saves.
 set(VATTN_OPTIMISE OFF)
