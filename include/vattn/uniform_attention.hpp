@@ -81,7 +81,7 @@ class ranked_sampler {
     select::score_check check = certain_rows_;
     for (const drawn_row& r : sample_->rows()) compare(check, r.logit, r.place, true);
     task_.c.breaches = check.breaches();
-    e.output2 = now_.output2, e.power = now_.power;
+    e = budget::variances(seen());
     return check.believed() ? soundness::sound : soundness::not_this_head;
   }
   [[nodiscard]] verdict judge(index_t, const stats::evidence&) noexcept {
@@ -106,7 +106,6 @@ class ranked_sampler {
                     .assumptions = scores_.kind == score_kind::ranking && asymptotic
                                        ? "asymptotic, as stated by the bound; and the selector ranks every heavy token"
                                        : bound::assumptions});
-    task_.c.denominator_error = budget::denominator_error<bound>(seen());
     add_residual(task_.state, now_, *moments_);
     if (!s_.chosen) return;
     s_.chosen.clear();
@@ -146,7 +145,8 @@ class ranked_sampler {
     const float least =
         scores_.kind == score_kind::contribution ? std::log(scores_.value_offset / scores_.contribution_unit) : 0.0f;
     const float score = s_.scores[static_cast<std::size_t>(place)];
-    check.bound(logit, score - least, upper_bounds ? 1e-12 : 3e-3, chosen);  // upper_scores: 2.75 standard errors
+    // How often an honest score is exceeded: a bound never, but for rounding; upper_scores add 2.75 standard errors.
+    check.bound(logit, score - least, upper_bounds ? 1e-12 : 3e-3, chosen);
   }
 
   [[nodiscard]] look seen() noexcept {

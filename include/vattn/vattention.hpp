@@ -195,7 +195,8 @@ class vattention {
       ranked_sampler<Policy, Head> design(heads, settings_, selector_);
       look_until_verified(design, heads, settings_.max_rounds);
     } else if constexpr (bound::kind == guarantee::finite_sample) {
-      heads[0].ok = heads[0].ok && attend_certified(heads[0], settings_, selector_);
+      certified_sampler<bound, selector, Head> design(heads, settings_, selector_);
+      look_until_verified(design, heads, design.most_looks);
     } else if constexpr (two_phases) {
       attend_in_two_phases<bound>(heads, settings_, selector_, sampler::shape, sampler::widening);
     } else {
@@ -205,13 +206,15 @@ class vattention {
 
   [[nodiscard]] index_t fixed_rows() const noexcept { return settings_.sinks + settings_.window; }
 
-  static constexpr bool shares_sample = group_sampler<sampler>;
+  static constexpr bool shares_sample = group_sampler<sampler>;  // among the query heads of a KV head
+  static constexpr bool two_phases = phased_sampler<sampler>;
   static constexpr bool from_store = samples_a_store<sampler>;
   static constexpr bool cheapest = std::same_as<selector, select::cheapest>;
+  // Either an index lies beside the cache and calls go by it, or all rows are read.
   static constexpr bool beside_cache = samples_by_index<sampler> || cheapest;
+  // An index serves this promise, if the call has one.
   static constexpr bool takes_index =
       beside_cache && bound::kind == guarantee::asymptotic && target::kind == target_kind::output;
-  static constexpr bool two_phases = phased_sampler<sampler>;
 
   // Whether calls go by an index: the default's, if they have one, and if it can serve what the policy promises.
   [[nodiscard]] bool indexed() const noexcept {

@@ -29,89 +29,32 @@ struct output {
 
   template <bound B>
   [[nodiscard]] static verdict judge(const look& l) noexcept {
+    verdict v = scheduled(l);
     if constexpr (B::kind == guarantee::finite_sample) {
-      return certify<B>(l);
+      static_cast<stats::verdict&>(v) = stats::judge<B>(ranges(l), asked<B>(l));
     } else {
-      return verify<B>(l);
+      const linearised_terms y = linearise(l.now, l.moments, l.offset);
+      sum_evidence terms = sampled_terms(l);
+      terms.variance = y.variance, terms.dimension = y.dimension, terms.dof = y.dof;
+      add_unseen(terms, unseen_term(l, l.order.bound()), l.settings.delta);
+      stats::evidence e = variances(l);
+      e.variance = terms.error_variance(), e.dimension = terms.dimension, e.dof = terms.dof;
+      static_cast<stats::verdict&>(v) = stats::judge<B>(e, asked<B>(l));
+      v.next = v.met ? split{l.order.count(), e.rows}
+                     : cheapest<B>(l, terms, y, std::sqrt(stats::squared_goal(e, asked<B>(l))));
+      v.budget = v.next.sampled;
     }
+    return v;
   }
 
  private:
-  template <bound B>
-  [[nodiscard]] static verdict verify(const look& l) noexcept {
-    const estimate& e = l.now;
-    const linearised_terms y = linearise(e, l.moments, l.offset);
-    sum_evidence evidence;
-    evidence.with_replacement = l.with_replacement;
-    evidence.population = e.population;
-    evidence.sampled = e.sampled;
-    evidence.dimension = y.dimension;
-    evidence.dof = y.dof;
-    evidence.variance = y.variance;
-    const double guard = unseen_term(l, l.order.bound());
-    add_unseen(evidence, guard, l.settings.delta);
-
-    stats::evidence all;
-    all.denominator = e.denominator, all.output2 = e.output2, all.power = e.power;
-    all.variance =
-        evidence.population * evidence.population * evidence.variance / e.sampled * evidence.unread(e.sampled);
-    all.dimension = evidence.dimension, all.dof = evidence.dof;
-    all.rows = static_cast<index_t>(e.sampled);
-    const stats::promise asked{l.settings.epsilon, l.settings.delta, l.settings.scale};
-    verdict v{stats::judge<B>(all, asked)};
-    v.next = v.met ? split{l.order.count(), static_cast<index_t>(e.sampled)}
-                   : cheapest<B>(l, evidence, y, std::sqrt(stats::squared_goal(all, asked)));
-    v.budget = v.next.sampled;
-    return v;
-  }
-
-  // No linearisation and nothing estimated but second moments. With c and s fixed before the draw, the
-  // terms J = x·(v − c, s) and E the error of their estimated sum: since o D = N,
-  //   (ô − o) D̂ = E_N − (o − c) E_D, so e D̂ <= sqrt(1 + ‖ô − c‖²/s²)·‖E‖ + e‖E‖/s  (Cauchy-Schwarz)
-  // and e <= sqrt(1 + ‖ô − c‖²/s²)·‖E‖ / (D̂ − ‖E‖/s). Looks follow a schedule that does not depend on the
-  // draw, and δ is split among them, so that the promise survives the choice of when to stop.
-  template <bound B>
-  [[nodiscard]] static verdict certify(const look& l) noexcept {
-    const estimate& e = l.now;
-    verdict v = scheduled(l);
-    v.epsilon_achieved = std::numeric_limits<double>::infinity();
-    if (l.scores.kind != score_kind::contribution) return v;  // no range is known
-    const double s = l.scores.value_offset;
-    sum_evidence j;
-    j.with_replacement = l.with_replacement;
-    j.population = e.population;
-    j.sampled = e.sampled;
-    j.second_moment = (e.s.C + s * s * e.s.A) / e.sampled;
-    j.radius =
-        l.contribution(l.order.bound()) * reach(
-                                              l, [&](std::size_t i) { return double{l.moments.centre()[i]}; }, s);
-    const double error = sum_radius<B>(j, e.sampled, level<B>(l.settings));
-    const double denominator = e.denominator - error / s;
-    if (!(denominator > 0)) return v;
-    const double away = std::sqrt(1 + e.u2 / (s * s)) * error / denominator;
-    // ‖o‖ >= ‖ô‖ − e, and RMS >= ‖o‖.
-    const double scale = std::sqrt(e.output2) - away;
-    if (!(scale > 0)) return v;
-    v.epsilon_achieved = away / scale;
-    v.met = v.epsilon_achieved <= l.settings.epsilon;
-    return v;
-  }
-
   // Terms as large as the selector's bound allows may be in the residual unseen. Of m draws none hits a share λ/m of
   // them with probability e^{−λ}: as likely as δ at λ = ln(1/δ), and then the error is λ terms in one direction. So
   // many terms count as seen that the quantile of one dimension, z, covers that: z·sqrt(count) = λ.
-  static void add_unseen(sum_evidence& s, double guard, double delta) noexcept {
+  static void add_unseen(sum_evidence& terms, double guard, double delta) noexcept {
     const double count =
         std::max(1.0, std::pow(std::log(1 / delta), 2) / stats::squared_error_quantile(delta, 1, stats::infinity));
-    const double seen = s.variance, unseen = count * guard * guard / s.sampled;
-    s.variance = seen + unseen;
-    if (!(unseen > 0)) return;
-    if (!std::isfinite(s.variance)) {  // a score of infinity bounds nothing
-      s.dimension = 1;
-      return;
-    }
-    s.dimension = s.variance * s.variance / (seen * seen / s.dimension + unseen * unseen);
-    if (seen > 0) s.dof *= s.variance / seen * (s.variance / seen);  // of the two only `seen` is estimated
+    stats::add_direction(terms, count * guard * guard / terms.sampled);
   }
 
   // Largest ‖Y‖ that a place of score <= bound can have, as far as the scores tell.

@@ -80,11 +80,12 @@ template <class Point>
   return std::sqrt(most);
 }
 
-/// δ of one look. Asymptotic bounds: all of it (docs/statistics.md measures what repeated looks do).
-/// Finite-sample bounds: an equal part for each possible look.
+/// What is asked of one look. Of δ, asymptotic bounds take all (docs/statistics.md measures what repeated looks do),
+/// finite-sample bounds an equal part for each possible look.
 template <bound B>
-[[nodiscard]] double level(const config& c) noexcept {
-  return B::kind == guarantee::finite_sample ? c.delta / static_cast<double>(c.max_rounds) : c.delta;
+[[nodiscard]] stats::promise asked(const look& l) noexcept {
+  const double looks = B::kind == guarantee::finite_sample ? static_cast<double>(l.settings.max_rounds) : 1;
+  return {l.settings.epsilon, l.settings.delta / looks, l.settings.scale};
 }
 
 /// The next look of a finite-sample bound: twice the rows of each kind, whatever the draw has shown.
@@ -97,14 +98,18 @@ template <bound B>
   return v;
 }
 
+/// Terms of which nothing is known but how many there are, and were sampled.
+[[nodiscard]] inline sum_evidence sampled_terms(const look& l) noexcept {
+  sum_evidence e;
+  e.population = l.now.population, e.sampled = l.now.sampled, e.with_replacement = l.with_replacement;
+  return e;
+}
+
 /// Terms x of the denominator.
 [[nodiscard]] inline sum_evidence denominator_evidence(const look& l) noexcept {
   const estimate& e = l.now;
-  sum_evidence d;
+  sum_evidence d = sampled_terms(l);
   d.scalar = true;
-  d.with_replacement = l.with_replacement;
-  d.population = e.population;
-  d.sampled = e.sampled;
   d.variance = std::max(0.0, (e.s.A - e.s.S * e.s.S / e.sampled) / (e.sampled - 1));
   d.second_moment = e.s.A / e.sampled;
   // The k-th score bounds every residual logit, or x·sqrt(‖v − centre‖² + offset²) and so offset·x.
@@ -114,112 +119,92 @@ template <bound B>
   return d;
 }
 
-/// Radius of D̂ relative to D̂ at δ.
-template <bound B>
-[[nodiscard]] double denominator_error(const look& l) noexcept {
-  const sum_evidence d = denominator_evidence(l);
-  return sum_radius<B>(d, d.sampled, l.settings.delta) / l.now.denominator;
-}
-
 /// Terms x·v of the numerator.
 [[nodiscard]] inline sum_evidence numerator_evidence(const look& l) noexcept {
   const estimate& e = l.now;
-  sum_evidence n;
-  n.with_replacement = l.with_replacement;
-  n.population = e.population;
-  n.sampled = e.sampled;
+  sum_evidence n = sampled_terms(l);
   const double square = e.s.C + 2 * e.second_c + e.s.A * e.centre2;                   // Σ‖x v‖²
   const double mean2 = e.first2 + 2 * e.s.S * e.first_c + e.s.S * e.s.S * e.centre2;  // ‖Σ x v‖²
   n.variance = std::max(0.0, (square - mean2 / e.sampled) / (e.sampled - 1));
   n.second_moment = square / e.sampled;
   // Logits alone say nothing of ‖v‖.
-  if (l.scores.kind == score_kind::contribution) {
-    n.radius = l.contribution(l.order.bound()) * reach(
-                                                     l, [](std::size_t) { return 0.0; }, 0);
-  }
+  const auto zero = [](std::size_t) { return 0.0; };
+  if (l.scores.kind == score_kind::contribution) n.radius = l.contribution(l.order.bound()) * reach(l, zero, 0);
   return n;
+}
+
+/// What a look shows, for asymptotic bounds: the estimate, and the variances of D̂ and N̂. That of ô is left to `output`,
+/// which alone asks for it.
+[[nodiscard]] inline stats::evidence variances(const look& l) noexcept {
+  const estimate& now = l.now;
+  const double norm = std::sqrt(now.output2) * now.denominator;
+  stats::evidence e;
+  e.reference = now.reference;
+  e.denominator = now.denominator;
+  e.output2 = now.output2, e.power = now.power, e.away2 = now.u2;
+  e.rows = static_cast<index_t>(now.sampled);
+  e.denominator_variance = denominator_evidence(l).error_variance() / (now.denominator * now.denominator);
+  // A sum without length is never within ε of itself.
+  e.numerator_variance = norm > 0 ? numerator_evidence(l).error_variance() / (norm * norm) : stats::infinity;
+  return e;
+}
+
+/// The same for finite-sample bounds: ranges, as far as the scores know them.
+[[nodiscard]] inline stats::uniform_ranges ranges(const look& l) noexcept {
+  const estimate& now = l.now;
+  stats::uniform_ranges e;
+  e.denominator = now.denominator, e.output2 = now.output2, e.away2 = now.u2, e.rows = now.sampled;
+  e.weights = denominator_evidence(l), e.values = numerator_evidence(l), e.joint = sampled_terms(l);
+  if (l.scores.kind != score_kind::contribution) return e;  // nothing is known of the values
+  const double s = e.join = l.scores.value_offset;
+  e.joint.second_moment = (now.s.C + s * s * now.s.A) / now.sampled;
+  const auto centre = [&](std::size_t j) { return double{l.moments.centre()[j]}; };
+  e.joint.radius = l.contribution(l.order.bound()) * reach(l, centre, s);
+  return e;
 }
 
 /// Paper's sampling plan: the selector's heavy share, then a pilot of a fixed share of the residual
 /// (2 %, at least min_sample), then the budget that the pilot implies; never less than the pilot.
-struct pilot_then_budget {
+template <target_kind Kind>
+struct published {
+  static constexpr target_kind kind = Kind;
+  static constexpr double pilot_share = 0.02;
+
   [[nodiscard]] static split first(index_t /*n*/, index_t residual, index_t heavy, const config& c) noexcept {
-    const double share = c.base == config::automatic ? 0.02 : c.base;
+    const double share = c.base == config::automatic ? pilot_share : c.base;
     const auto pilot = static_cast<index_t>(std::ceil(share * static_cast<double>(residual)));
     return {heavy, std::max(c.min_sample, pilot)};
   }
 
- protected:
   template <bound B>
-  [[nodiscard]] static verdict conclude(const look& l, double achieved, double rows) noexcept {
-    verdict v;
-    v.epsilon_achieved = achieved;
-    v.budget = static_cast<index_t>(std::ceil(rows));
-    v.met = achieved <= l.settings.epsilon;
-    v.next = {l.order.count(), B::kind == guarantee::finite_sample
-                                   ? scheduled(l).next.sampled
-                                   : std::max(v.budget, static_cast<index_t>(l.rows.size()) + 1)};
+  [[nodiscard]] static verdict judge(const look& l) noexcept {
+    verdict v = scheduled(l);
+    v.next.heavy = l.order.count();
+    if constexpr (B::kind == guarantee::finite_sample) {
+      stats::uniform_ranges seen = ranges(l);
+      static_cast<stats::verdict&>(v) = stats::judge<B, Kind>(seen, asked<B>(l));
+      v.budget = static_cast<index_t>(stats::smallest_size(l.now.population, [&](double m) {
+        seen.rows = m;
+        return stats::judge<B, Kind>(seen, asked<B>(l)).met;
+      }));
+    } else {
+      static_cast<stats::verdict&>(v) = stats::judge<B, Kind>(variances(l), asked<B>(l));
+      // Of a residual that is read whole no variance is left to say how much of it was needed.
+      const sum_evidence terms = sampled_terms(l);
+      if (terms.unread(terms.sampled) > 0) v.budget = static_cast<index_t>(terms.rows_for(v.ratio));
+      v.next.sampled = std::max(v.budget, static_cast<index_t>(l.rows.size()) + 1);
+    }
     return v;
   }
 };
 
 /// |D̂ − D| <= ε D. This is what the paper's experiments certify; it does not bound the output's error.
-struct denominator : pilot_then_budget {
-  static constexpr target_kind kind = target_kind::denominator;
-
-  template <bound B>
-  [[nodiscard]] static verdict judge(const look& l) noexcept {
-    const sum_evidence d = denominator_evidence(l);
-    const double D = l.now.denominator;
-    return conclude<B>(l, sum_radius<B>(d, d.sampled, level<B>(l.settings)) / D,
-                       sample_size<B>(d, l.settings.epsilon * D, level<B>(l.settings)));
-  }
-};
-
+using denominator = published<target_kind::denominator>;
 /// ‖N̂ − N‖ <= ε‖N‖, N = Σ x v.
-struct numerator : pilot_then_budget {
-  static constexpr target_kind kind = target_kind::numerator;
-
-  template <bound B>
-  [[nodiscard]] static verdict judge(const look& l) noexcept {
-    const sum_evidence n = numerator_evidence(l);
-    const double norm = std::sqrt(l.now.output2) * l.now.denominator;
-    return conclude<B>(
-        l,
-        norm > 0 ? sum_radius<B>(n, n.sampled, level<B>(l.settings)) / norm : std::numeric_limits<double>::infinity(),
-        sample_size<B>(n, l.settings.epsilon * norm, level<B>(l.settings)));
-  }
-};
-
+using numerator = published<target_kind::numerator>;
 /// ‖ô − o‖ <= ε‖o‖ by bounding N and D apart: with ‖N̂ − N‖ <= ε₁‖N‖ (probability 1 − δ₁) and
-/// |D̂ − D| <= ε₂ D (1 − δ₂) the output is within (ε₁ + ε₂)/(1 − ε₂), and δ₁ + δ₂ = δ. The split that
-/// needs the fewest rows is searched for (golden section over δ₁; for each, ε₁ and ε₂ are what m rows give).
-struct sdpa : pilot_then_budget {
-  static constexpr target_kind kind = target_kind::sdpa;
-
-  template <bound B>
-  [[nodiscard]] static verdict judge(const look& l) noexcept {
-    const sum_evidence d = denominator_evidence(l), n = numerator_evidence(l);
-    const double D = l.now.denominator, norm = std::sqrt(l.now.output2) * D;
-    const double delta = level<B>(l.settings);
-    const auto output_error = [&](double m, double share) {
-      const double e1 = sum_radius<B>(n, m, share * delta) / norm, e2 = sum_radius<B>(d, m, (1 - share) * delta) / D;
-      return norm > 0 ? stats::sdpa_error(e1, e2) : stats::infinity;
-    };
-    const auto rows = [&](double share) {
-      double low = 0, high = std::max(1.0, d.population);
-      if (!(output_error(high, share) <= l.settings.epsilon)) return high;
-      while (high - low > 1) {
-        const double middle = std::floor((low + high) / 2);
-        (output_error(middle, share) <= l.settings.epsilon ? high : low) = middle;
-      }
-      return high;
-    };
-    // Both radii grow without bound as their δ vanishes, so the error is unimodal in the share.
-    const double share = stats::minimise(0.01, 0.99, [&](double s) { return output_error(d.sampled, s); });
-    return conclude<B>(l, output_error(d.sampled, share), rows(share));
-  }
-};
+/// |D̂ − D| <= ε₂ D (1 − δ₂) the output is within (ε₁ + ε₂)/(1 − ε₂), and δ₁ + δ₂ = δ, split so that it is least.
+using sdpa = published<target_kind::sdpa>;
 
 }  // namespace budget
 }  // namespace vattn::VATTN_ABI

@@ -33,6 +33,7 @@ struct audit_report {
   [[nodiscard]] double highest() const noexcept {
     return violations >= audited ? 1 : solve([&](double p) { return upper_tail(violations + 1, p) < 0.975; });
   }
+  /// False alarms: one report in a hundred where δ is used up whole, fewer where it is not.
   [[nodiscard]] bool holds() const noexcept { return p_value() >= 0.01; }
 
   /// One line.

@@ -30,12 +30,11 @@ enum class soundness : std::uint8_t {
 ///  - draw(): reads the rows that the plan, or the last look, asks for. Limits of rows are kept here, where rows are
 ///    counted before they are read.
 ///  - evidence(h, e): what the sample says of head h's error.
-///  - judge(h, e): the verdict, by stats::judge or a target.
+///  - judge(h, e): the verdict, by stats::judge (of a uniform sample through a target).
 ///  - suffices(h, e, v): whether an output may rest on it: the promise holds, and no token that was left to chance
 ///    could cost more than its share of ε.
 ///  - next(h, e, v): otherwise, notes what the head asks of the next draw. False: nothing.
 ///  - record(h, e, v): the head's output, its certificate (stats::certify), and its rows where the call asks for them.
-/// certified_attention.hpp is none: its samples are fresh, each judged at a share of δ of its own.
 template <class D>
 concept sampling_design = requires(D& d, index_t h, stats::evidence& e) {
   { d.begin() } -> std::same_as<bool>;

@@ -37,7 +37,29 @@ struct sum_evidence {
   [[nodiscard]] VATTN_FN constexpr double unread(double m) const noexcept {
     return with_replacement ? 1 : larger(0, 1 - m / population);
   }
+  /// Estimated mean square of the error of the sum: N²·s²/m·(N − m)/N at the sample's own m.
+  [[nodiscard]] VATTN_FN constexpr double error_variance() const noexcept {
+    return population * population * variance / sampled * unread(sampled);
+  }
+  /// Rows at which that would be 1/ratio of what it is, s² unchanged: a whole number in [1, population].
+  [[nodiscard]] VATTN_FN double rows_for(double ratio) const noexcept {
+    if (!(ratio > 0)) return 1;
+    const double rest = with_replacement ? 0 : 1 / population;
+    return within(std::ceil(1 / (rest + (1 / sampled - rest) / ratio)), 1, larger(1, std::floor(population)));
+  }
 };
+
+/// Smallest whole m in [1, most] that is enough, if what is enough stays so for every larger m; `most` if none is.
+template <class F>
+[[nodiscard]] VATTN_FN double smallest_size(double most, F&& enough) noexcept {
+  double low = 0, high = larger(1, std::floor(most));
+  if (!enough(high)) return high;
+  while (high - low > 1) {
+    const double middle = std::floor((low + high) / 2);
+    (enough(middle) ? high : low) = middle;
+  }
+  return high;
+}
 
 template <class B>
 concept described_bound = requires {
@@ -148,7 +170,7 @@ template <asymptotic_bound B>
 /// squared_radius of a known variance of 1, by Wilson and Hilferty's cube root: for plans, which need no more.
 template <asymptotic_bound B>
 [[nodiscard]] VATTN_FN double planned_radius2(double dimension, double delta) noexcept {
-  if (dimension < 3) return squared_radius<B>(1, 0, {dimension, infinity, 1e6}, delta);
+  if (dimension < 3) return squared_radius<B>(1, 0, {dimension, infinity, known_variance_dof}, delta);
   const double spread = 2 / (9 * dimension);
   const double root = 1 - spread + normal_quantile(1 - delta) * std::sqrt(spread);
   return root * root * root;
@@ -168,21 +190,15 @@ template <class B>
 /// Smallest whole m in [1, population] with radius <= tau; population if none.
 template <class B>
 [[nodiscard]] VATTN_FN double sample_size(const sum_evidence& e, double tau, double delta) noexcept {
-  double low = 0, high = larger(1, std::floor(e.population));
   if constexpr (B::kind == guarantee::asymptotic) {
     // radius = tau solved for m: 1/m = (tau/N)²/(q s²) + 1/N.
     if (!(e.variance > 0)) return 1;
     const double t = tau / e.population;
     const double inverse =
         t * t / (B::squared_quantile(e.shape(), delta) * e.variance) + (e.with_replacement ? 0 : 1 / e.population);
-    return within(std::ceil(1 / inverse), 1, high);
+    return within(std::ceil(1 / inverse), 1, larger(1, std::floor(e.population)));
   } else {
-    if (!(B::radius(e, high, delta) <= tau)) return high;
-    while (high - low > 1) {  // every radius falls with m
-      const double middle = std::floor((low + high) / 2);
-      (B::radius(e, middle, delta) <= tau ? high : low) = middle;
-    }
-    return high;
+    return smallest_size(e.population, [&](double m) { return B::radius(e, m, delta) <= tau; });
   }
 }
 

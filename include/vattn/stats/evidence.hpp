@@ -238,9 +238,11 @@ struct stratum_evidence {
                   picked.dv);
 }
 
-/// Adds an error of known variance along one direction: of terms that the sample cannot have seen.
-VATTN_FN inline void add_direction(evidence& e, double variance) noexcept {
-  if (!(variance > 0)) return;
+/// Adds an error of known variance along one direction: of terms that the sample cannot have seen. To `evidence`, or to
+/// the sum_evidence (bounds.hpp) of one term.
+template <class Evidence>
+VATTN_FN void add_direction(Evidence& e, double variance) noexcept {
+  if (variance == 0) return;
   const double seen = e.variance, all = seen + variance;
   e.variance = all;
   if (!(all < infinity)) {  // nothing bounds it
@@ -250,7 +252,7 @@ VATTN_FN inline void add_direction(evidence& e, double variance) noexcept {
   e.dimension = all * all / (seen * seen / e.dimension + variance * variance);
   if (seen > 0) {  // of the two only `seen` is estimated
     e.dof *= all / seen * (all / seen);
-    e.skew *= seen / all;
+    if constexpr (requires { e.skew; }) e.skew *= seen / all;
   }
 }
 

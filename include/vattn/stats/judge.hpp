@@ -7,6 +7,7 @@
 #include "vattn/stats/bounds.hpp"
 #include "vattn/stats/evidence.hpp"
 #include "vattn/stats/promise.hpp"
+#include "vattn/stats/ranges.hpp"
 
 namespace vattn::VATTN_ABI::stats {
 
@@ -15,7 +16,7 @@ struct verdict {
   double epsilon_achieved = infinity;  ///< stated (1 − δ) quantile of the target's error, relative; never below κε
   double denominator_error = infinity;  ///< the same of D̂, whatever the target
   double ratio = infinity;  ///< (radius/goal)²: how many times too large the variance is, or how little of it is used
-  double needed_variance = 0;  ///< V̂ at which the promise would just hold, all else as it is
+  double needed_variance = 0;  ///< V̂ at which the output's promise would just hold, all else as it is; 0: of no V̂
 };
 
 /// (εT)² of the output. ‖ô‖² is inflated by the error's own mean square; the mean square of the values is not.
@@ -29,8 +30,8 @@ struct verdict {
   return p.hidden * std::sqrt(squared_goal(e, p)) * e.denominator;
 }
 
-namespace detail {
-
+/// Radius of D̂ relative to D̂, and of N̂ relative to ‖N̂‖: what the judge asks of evidence, beside the output's. Those of
+/// known ranges are in ranges.hpp.
 template <asymptotic_bound B>
 [[nodiscard]] VATTN_FN double denominator_radius(const evidence& e, double delta) noexcept {
   const error_shape shape{1, e.denominator_dof, static_cast<double>(e.rows - e.certain), true};
@@ -40,6 +41,24 @@ template <asymptotic_bound B>
 [[nodiscard]] VATTN_FN double numerator_radius(const evidence& e, double delta) noexcept {
   const error_shape shape{1, infinity, static_cast<double>(e.rows - e.certain), false};
   return std::sqrt(squared_radius<B>(e.numerator_variance, 0, shape, delta));
+}
+
+namespace detail {
+
+template <asymptotic_bound B>
+VATTN_FN void judge_output(const evidence& e, const promise& p, verdict& v) noexcept {
+  const error_shape shape{e.dimension, e.dof, static_cast<double>(e.rows - e.certain), false};
+  const double q = B::squared_quantile(shape, p.delta);
+  const double goal2 = squared_goal(e, p), square = widened(q, e.variance, e.skew);
+  v.ratio = square > 0 ? square / goal2 : square;
+  // r² = q(V + skew/V̂·V·r) at r² = goal².
+  const double lean = e.variance > 0 ? e.skew / e.variance : 0;
+  v.needed_variance = goal2 / (q * (1 + lean * std::sqrt(goal2)));
+}
+template <finite_bound B, class Ranges>
+VATTN_FN void judge_output(const Ranges& e, const promise& p, verdict& v) noexcept {
+  const double of_goal = output_radius<B>(e, p) / p.epsilon;
+  v.ratio = of_goal * of_goal;
 }
 
 }  // namespace detail
@@ -64,42 +83,40 @@ template <class F>
   return e2 < 1 ? (e1 + e2) / (1 - e2) : infinity;
 }
 
-/// Asymptotic bounds, every target. What is not a number is not met.
-template <asymptotic_bound B, target_kind Target = target_kind::output>
-[[nodiscard]] VATTN_FN verdict judge(const evidence& e, const promise& p) noexcept {
+/// Does the promise hold, for what the evidence shows? Every target, by every bound; evidence is of two kinds, for the
+/// bounds are: `evidence` holds variances, of which asymptotic bounds know the distribution; `uniform_ranges` and
+/// `poisson_ranges` (ranges.hpp) hold ranges and no variance, from which finite-sample bounds make radii. A kind says
+/// how far D̂, N̂ and ô may be off at δ; the rest is the same. What is not a number is not met.
+template <class B, target_kind Target = target_kind::output, class Evidence>
+[[nodiscard]] VATTN_FN verdict judge(const Evidence& e, const promise& p) noexcept {
   static_assert(Target != target_kind::none,
                 "judge<bound, target>: name what is promised, target_kind::output or another");
   verdict v;
   if (!e.finite()) return v;
   const double least = p.hidden * p.epsilon;
   // A token that a floor allows to be missed is off in D too.
-  const double d = detail::denominator_radius<B>(e, p.delta);
+  const double d = denominator_radius<B>(e, p.delta);
   v.denominator_error = std::sqrt(d * d + least * least);
   double radius = 0;  // relative, of what ε is relative to
   if constexpr (Target == target_kind::output) {
-    const error_shape shape{e.dimension, e.dof, static_cast<double>(e.rows - e.certain), false};
-    const double q = B::squared_quantile(shape, p.delta);
-    const double goal2 = squared_goal(e, p), square = widened(q, e.variance, e.skew);
-    v.ratio = square > 0 ? square / goal2 : square;
+    detail::judge_output<B>(e, p, v);
     radius = p.epsilon * std::sqrt(v.ratio);
-    // r² = q(V + skew/V̂·V·r) at r² = goal².
-    const double lean = e.variance > 0 ? e.skew / e.variance : 0;
-    v.needed_variance = goal2 / (q * (1 + lean * std::sqrt(goal2)));
+  } else if constexpr (Target == target_kind::sdpa) {
+    // δ = δ₁ + δ₂ at the share that gives the least error: never one of the ends, for a radius grows without bound as
+    // its δ vanishes.
+    constexpr double least_share = 0.01;
+    double e1 = 0, e2 = 0;
+    const auto error = [&](double share) {
+      e1 = numerator_radius<B>(e, share * p.delta), e2 = denominator_radius<B>(e, (1 - share) * p.delta);
+      return sdpa_error(e1, e2);
+    };
+    radius = error(minimise(least_share, 1 - least_share, error));
+    // k·e₁ and k·e₂ are just small enough where k(e₁ + e₂) = ε(1 − k·e₂).
+    const double of_goal = (e1 + (1 + p.epsilon) * e2) / p.epsilon;
+    v.ratio = of_goal * of_goal;
   } else {
-    if constexpr (Target == target_kind::denominator) {
-      radius = d;
-    } else if constexpr (Target == target_kind::numerator) {
-      radius = detail::numerator_radius<B>(e, p.delta);
-    } else {
-      // δ = δ₁ + δ₂ at the share that gives the least error; both radii grow without bound as their δ vanishes.
-      const auto error = [&](double share) {
-        return sdpa_error(detail::numerator_radius<B>(e, share * p.delta),
-                          detail::denominator_radius<B>(e, (1 - share) * p.delta));
-      };
-      radius = error(minimise(0.01, 0.99, error));
-    }
+    radius = Target == target_kind::denominator ? d : numerator_radius<B>(e, p.delta);
     v.ratio = radius / p.epsilon * (radius / p.epsilon);
-    v.needed_variance = e.variance / v.ratio;
   }
   v.epsilon_achieved = larger(radius, least);
   v.met = radius <= p.epsilon;

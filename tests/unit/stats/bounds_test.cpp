@@ -90,6 +90,19 @@ TEMPLATE_TEST_CASE("sample_size is the smallest size that will do", "[stats][bou
   }
 }
 
+TEST_CASE("the rows for a ratio of variances are those that the goal asks for", "[stats][bounds]") {
+  for (const bool replace : {false, true}) {
+    sum_evidence e = example(true, replace);
+    e.sampled = 200;
+    const double radius = stats::sum_radius<stats::clt>(e, 200, 0.1);
+    CHECK_THAT(std::sqrt(stats::clt::squared_quantile(e.shape(), 0.1) * e.error_variance()), WithinRel(radius, 1e-12));
+    for (const double tau : {radius / 3, radius * 0.9, radius * 1.7})
+      CHECK(e.rows_for(radius / tau * (radius / tau)) == stats::sample_size<stats::clt>(e, tau, 0.1));
+    CHECK(e.rows_for(0) == 1);
+    CHECK(e.rows_for(stats::infinity) == e.population);
+  }
+}
+
 TEST_CASE("terms that do not vary need one row, even of a sum of zero", "[stats][bounds]") {
   sum_evidence e;
   e.population = 1000;
