@@ -7,13 +7,16 @@
 //   sequences) driver events  ... --steps N --seed S                      random events in a cache, attention checked
 //   in double
 // Common: --type f16|f32|bf16|q8_0|q4_0|q8_0+q4_0, --context N, --threads N, --batch-threads N, --sequences N,
-// --unified 0|1, --flash on|auto|off, --poll N
+// --unified 0|1, --swa-full 0|1, --flash on|auto|off, --poll N
+#include <malloc.h>
+
 #include <array>
 #include <chrono>
 #include <cmath>
 #include <ctime>
 #include <fstream>
 #include <iterator>
+#include <optional>
 
 #include "llama.hpp"
 #include "watched.hpp"
@@ -31,6 +34,7 @@ session_options options_of(const arguments& a) {
   o.batch_threads = a.number("batch-threads", o.threads);
   o.sequences = a.number("sequences", 1);
   o.unified = a.number("unified", 1) != 0;
+  o.swa_full = a.number("swa-full", 1) != 0;
   o.poll = a.number("poll", 50);
   return o;
 }
@@ -272,16 +276,23 @@ double tail(std::uint64_t k, std::uint64_t n, double p) {
   return std::min(1.0, term / (1 - ratio));
 }
 
-// Resident memory of this process, KiB.
-long resident() {
+// Memory of this process in KiB: what is resident, and what is allocated.
+struct memory_use {
+  long resident = 0, allocated = 0;
+};
+memory_use memory_now() {
+  memory_use m;
+  const auto heap = mallinfo2();
+  m.allocated = static_cast<long>((heap.uordblks + heap.hblkhd) / 1024);
   std::ifstream in("/proc/self/status");
   for (std::string line; std::getline(in, line);) {
-    if (line.starts_with("VmRSS:")) return std::stol(line.substr(6));
+    if (line.starts_with("VmRSS:")) m.resident = std::stol(line.substr(6));
   }
-  return 0;
+  return m;
 }
 
-// Every event that a cache knows, in random order, between steps of decode.
+// Every event that a cache knows, in random order, between steps of decode. --beside 1: while another model's context
+// in the same process decodes too.
 int events(const arguments& a) {
   const double epsilon = std::stod(a.text("epsilon", "0.1")), delta = std::stod(a.text("delta", "0.1"));
   attention_watch watch(a.number("one-in", 4), epsilon, std::stod(a.text("rounding", "0.002")));
@@ -299,20 +310,42 @@ int events(const arguments& a) {
   int served = 0;
   const auto token = [&](int position) { return text(position * 7 + served); };
   const int room = o.context / (o.unified ? 1 : sequences);
-  const auto used = [&] {
-    int sum = 0, most = 0;
-    for (int q = 0; q < sequences; ++q) {
-      const int n = s.next(q) - std::max(0, llama_memory_seq_pos_min(s.memory(), q));
-      sum += n, most = std::max(most, n);
-    }
-    return o.unified ? sum : most;
+  const auto used = [&](int q) {  // cells of the stream that sequence q is in
+    int sum = 0;
+    for (int other = 0; other < sequences; ++other) sum += o.unified || other == q ? s.next(other) : 0;
+    return sum;
   };
-  const auto refill = [&](int q) { s.prefill(token, std::max(0, fill - s.next(q)), q); };
+  // Prefills would be most of a long run's time: all but a few of a sequence's beginnings are loaded.
+  std::vector<std::uint8_t> beginning;
+  const auto refill = [&](int q) {
+    if (s.next(q) == 0 && !beginning.empty() && below(100) != 0) {
+      s.load(beginning, q);
+    } else {
+      s.prefill(token, std::max(0, fill - s.next(q)), q);
+    }
+  };
   std::map<std::string, std::array<std::uint64_t, 3>> outcome;  // after each kind of event: checked, rough, violations
   std::vector<std::uint8_t> saved, saved_one;
+  int saved_length = 0;
+  const auto step = [&](int q) {
+    s.add(token(s.next(q)), s.next(q), q);
+    s.decode();
+  };
+  // Steps in which the codes of a context are made, which is then ready for an event; they are not checked.
+  const int coding_steps = o.type.starts_with('q') ? 66 : 26;
+  const auto settle = [&](int q) {
+    watch.paused = true;
+    for (int i = 0; i < coding_steps && used(q) + 300 < room; ++i) step(q);
+    watch.paused = false;
+  };
   refill(0);
+  beginning = s.state_of(0);
+  settle(0);
+  std::optional<session> beside;
+  if (a.number("beside", 0) != 0) beside.emplace(o).load(beginning, 0);
   std::string last = "start";
-  long settled = 0;  // memory, a quarter into the run
+  memory_use settled;  // early in the run, without the states that are kept
+  const auto drop_states = [&] { saved = {}, saved_one = {}; };
   const std::vector<std::string> kinds{"step",          "steps",         "draft", "batch",  "remove_middle",
                                        "remove_tail",   "copy",          "shift", "save",   "load",
                                        "save_sequence", "load_sequence", "clear", "prefill"};
@@ -320,25 +353,24 @@ int events(const arguments& a) {
     const std::string kind = !only.empty() && below(3) == 0 ? only
                              : below(2) == 0                ? "step"
                                              : kinds[static_cast<std::size_t>(below(static_cast<int>(kinds.size())))];
-    if (served == steps / 4) settled = resident();
+    if (served == std::min(1000, steps / 4)) drop_states(), settled = memory_now();
     if (served > 0 && served % 500 == 0)
       std::fprintf(stderr, "%d steps, %llu outputs checked\n", served, static_cast<unsigned long long>(watch.checked));
     const int q = below(sequences), n = s.next(q);
     const auto before = std::array{watch.checked, watch.rough, watch.violations};
-    if (used() + 300 > room) {
-      for (int other = 0; other < sequences; ++other) llama_memory_seq_rm(s.memory(), other, -1, -1);
-      refill(0);
+    if (used(q) + 300 > room) {
+      for (int other = 0; other < sequences; ++other) {
+        if (o.unified || other == q) llama_memory_seq_rm(s.memory(), other, -1, -1);
+      }
+      refill(q);
+      settle(q);
       last = "clear_full";
       continue;
     }
-    const auto step = [&](int sequence) {
-      s.add(token(s.next(sequence)), s.next(sequence), sequence);
-      s.decode();
-    };
     if (kind == "steps") {
       for (int i = 0; i < 5; ++i) step(q);
     } else if (kind == "draft" && n > 8) {  // several tokens at once, of which some are taken back
-      const int drafted = 2 + below(7);
+      const int drafted = 2 + below(16);    // 17 are left to ggml
       for (int i = 0; i < drafted; ++i) s.add(token(n + i), n + i, q);
       s.decode();
       llama_memory_seq_rm(s.memory(), q, n + 1 + below(drafted), -1);
@@ -373,10 +405,10 @@ int events(const arguments& a) {
       s.load(saved);
       last = kind;
     } else if (kind == "save_sequence" && n > 0) {
-      saved_one = s.state_of(q);
+      saved_one = s.state_of(q), saved_length = n;
     } else if (kind == "load_sequence" && !saved_one.empty()) {
       llama_memory_seq_rm(s.memory(), q, -1, -1);
-      if (used() + fill + 300 < room) {
+      if (used(q) + saved_length + 300 < room) {
         s.load(saved_one, q);
         last = kind;
       }
@@ -384,16 +416,21 @@ int events(const arguments& a) {
       llama_memory_clear(s.memory(), below(2) == 0);
       refill(q);
       last = kind;
-    } else if (kind == "prefill" && used() + 700 < room) {
-      s.prefill(token, 20 + below(200), q);
+    } else if (kind == "prefill" && used(q) + 700 < room) {
+      s.prefill(token, 17 + below(16), q);
       last = kind;
     } else if (s.next(q) > 0) {
       step(q);
     }
     if (s.next(q) == 0) {
-      if (used() + fill + 300 < room) refill(q);
+      if (used(q) + fill + 300 < room) refill(q);
     } else {
       step(q);  // after whatever happened
+      if (below(8) == 0) settle(q);
+    }
+    if (beside && beside->next(0) + 1 < room) {
+      beside->add(token(beside->next(0)), beside->next(0), 0);
+      beside->decode();
     }
     auto& o3 = outcome[last];
     o3[0] += watch.checked - before[0], o3[1] += watch.rough - before[1], o3[2] += watch.violations - before[2];
@@ -407,9 +444,12 @@ int events(const arguments& a) {
     ok = ok && p > 1e-6;
   }
   if (a.number("leak", 0) != 0) {
-    const long grown = resident() - settled;
-    std::printf("memory grew by %ld KiB in %d steps\n", grown, steps - steps / 4);
-    ok = ok && grown < 16384;
+    drop_states();
+    const memory_use end = memory_now();
+    const long more = end.allocated - settled.allocated, larger = end.resident - settled.resident;
+    std::printf("memory after %d steps: %ld KiB allocated, %ld resident; after %d: %+ld allocated, %+ld resident\n",
+                std::min(1000, steps / 4), settled.allocated, settled.resident, steps, more, larger);
+    ok = ok && more < 4096 && larger < 16384;
   }
   std::printf("checked %llu, sampled %llu, violations %llu, largest error %.4f: %s\n",
               static_cast<unsigned long long>(watch.checked), static_cast<unsigned long long>(watch.rough),

@@ -41,7 +41,7 @@ class arguments {
 struct session_options {
   std::string libraries, model, type = "f16", flash = "on";
   int context = 8192, threads = 1, batch_threads = 1, sequences = 1, poll = 50;
-  bool unified = true;
+  bool unified = true, swa_full = true;
   ggml_backend_sched_eval_callback watch = nullptr;
   void* watcher = nullptr;
 };
@@ -67,6 +67,7 @@ class session {
     p.n_threads_batch = o.batch_threads;
     p.n_seq_max = static_cast<std::uint32_t>(o.sequences);
     p.kv_unified = o.unified;
+    p.swa_full = o.swa_full;
     p.flash_attn_type = o.flash == "on"    ? LLAMA_FLASH_ATTN_TYPE_ENABLED
                         : o.flash == "off" ? LLAMA_FLASH_ATTN_TYPE_DISABLED
                                            : LLAMA_FLASH_ATTN_TYPE_AUTO;

@@ -4,8 +4,10 @@
   make_gguf.py convert MODEL_DIR OUT.gguf [--vocab bytes]
       a Llama of bytes: config.json and safetensors of bf16, as Hugging Face has them
   make_gguf.py random OUT.gguf [--layers 2] [--hidden 256] [--heads 8] [--kv-heads 2] [--head-size 64] [--context 32768]
+      [--kind llama|refact|gemma2|gpt-oss]
       the same architecture with random weights, whose caches are of a real one's size; logits vary by about 1.5 nats, and
-      values have a common part, as those of trained heads do
+      values have a common part, as those of trained heads do. Or others: with ALiBi (refact); with a soft cap of 10 (gemma2);
+      with attention sinks and experts (gpt-oss). The last two see 1024 tokens in every other layer.
 
 Without --vocab the vocabulary has no tokenizer: token ids go in through llama.h. With it, byte b is token b.
 """
@@ -37,11 +39,11 @@ def metadata(key, kind, value):
 
 
 def write(path, fields, tensors):
-    """tensors: (name, shape, bytes of bf16), rows first; vectors become f32."""
+    """tensors: (name, shape, bytes of bf16), rows first; vectors and biases become f32."""
     infos, data, offset = [], [], 0
     for name, shape, raw in tensors:
         kind = TYPE_BF16
-        if len(shape) == 1:
+        if len(shape) == 1 or name.endswith(".bias"):
             wide = bytearray(2 * len(raw))
             wide[2::4], wide[3::4] = raw[0::2], raw[1::2]
             kind, raw = TYPE_F32, bytes(wide)
@@ -57,22 +59,22 @@ def write(path, fields, tensors):
             out.write(raw + bytes(padded - len(raw)))
 
 
-def architecture(name, c, vocab):
+def architecture(name, c, vocab, kind="llama"):
     fields = [
-        metadata("general.architecture", STRING, "llama"),
+        metadata("general.architecture", STRING, kind),
         metadata("general.name", STRING, name),
-        metadata("llama.vocab_size", U32, c["vocab_size"]),
-        metadata("llama.context_length", U32, c["max_position_embeddings"]),
-        metadata("llama.embedding_length", U32, c["hidden_size"]),
-        metadata("llama.block_count", U32, c["num_hidden_layers"]),
-        metadata("llama.feed_forward_length", U32, c["intermediate_size"]),
-        metadata("llama.attention.head_count", U32, c["num_attention_heads"]),
-        metadata("llama.attention.head_count_kv", U32, c["num_key_value_heads"]),
-        metadata("llama.attention.key_length", U32, c["head_dim"]),
-        metadata("llama.attention.value_length", U32, c["head_dim"]),
-        metadata("llama.rope.dimension_count", U32, c["head_dim"]),
-        metadata("llama.rope.freq_base", F32, c["rope_theta"]),
-        metadata("llama.attention.layer_norm_rms_epsilon", F32, c["rms_norm_eps"]),
+        metadata(f"{kind}.vocab_size", U32, c["vocab_size"]),
+        metadata(f"{kind}.context_length", U32, c["max_position_embeddings"]),
+        metadata(f"{kind}.embedding_length", U32, c["hidden_size"]),
+        metadata(f"{kind}.block_count", U32, c["num_hidden_layers"]),
+        metadata(f"{kind}.feed_forward_length", U32, c["intermediate_size"]),
+        metadata(f"{kind}.attention.head_count", U32, c["num_attention_heads"]),
+        metadata(f"{kind}.attention.head_count_kv", U32, c["num_key_value_heads"]),
+        metadata(f"{kind}.attention.key_length", U32, c["head_dim"]),
+        metadata(f"{kind}.attention.value_length", U32, c["head_dim"]),
+        metadata(f"{kind}.rope.dimension_count", U32, c["head_dim"]),
+        metadata(f"{kind}.rope.freq_base", F32, c["rope_theta"]),
+        metadata(f"{kind}.attention.layer_norm_rms_epsilon", F32, c["rms_norm_eps"]),
     ]
     if vocab == "none":
         return fields + [metadata("tokenizer.ggml.model", STRING, "none")]
@@ -139,7 +141,7 @@ def convert(a):
 def random_model(a):
     draw = random.Random(1)
     q, kv = a.heads * a.head_size, a.kv_heads * a.head_size
-    hidden, feed = a.hidden, 256
+    hidden, feed, experts = a.hidden, 256, 4
 
     def uniform(shape, exponent):
         """bf16 of random sign in [2^exponent, 2^(exponent + 1))."""
@@ -170,13 +172,35 @@ def random_model(a):
             "ffn_up.weight": uniform([feed, hidden], -5),
             "ffn_down.weight": uniform([hidden, feed], -5),
         }
+        if a.kind == "gemma2":
+            shapes["post_attention_norm.weight"] = shapes["post_ffw_norm.weight"] = constant(hidden, 0.25 * scale)
+        if a.kind == "gpt-oss":
+            shapes["post_attention_norm.weight"] = shapes.pop("ffn_norm.weight")
+            for name in ("gate", "up", "down"):
+                shape, _ = shapes.pop(f"ffn_{name}.weight")
+                shapes[f"ffn_{name}_exps.weight"] = uniform([experts, *shape], -5)
+                shapes[f"ffn_{name}_exps.bias"] = uniform([experts, shape[0]], -5)
+            shapes["ffn_gate_inp.weight"] = uniform([experts, hidden], -5)
+            shapes["ffn_gate_inp.bias"] = uniform([experts], -5)
+            shapes["attn_output.bias"] = uniform([hidden], -5)
+            shapes["attn_sinks.weight"] = uniform([a.heads], 2)  # a few thousand tokens together have a logit of 9 or so
         tensors += [(f"blk.{i}.{name}", *value) for name, value in shapes.items()]
+    if a.kind == "gpt-oss":
+        tensors.append(("output.weight", *uniform([256, hidden], 0)))
     c = {
         "vocab_size": 256, "max_position_embeddings": a.context, "hidden_size": hidden, "num_hidden_layers": a.layers,
         "intermediate_size": feed, "num_attention_heads": a.heads, "num_key_value_heads": a.kv_heads,
         "head_dim": a.head_size, "rope_theta": 500000.0, "rms_norm_eps": 1e-5,
     }
-    write(a.out, architecture("random", c, "none"), tensors)
+    fields = architecture("random", c, "none", a.kind)
+    if a.kind in ("gemma2", "gpt-oss"):
+        fields.append(metadata(f"{a.kind}.attention.sliding_window", U32, 1024))
+    if a.kind == "gemma2":
+        fields.append(metadata("gemma2.attn_logit_softcapping", F32, 10.0))
+    if a.kind == "gpt-oss":
+        fields += [metadata(f"gpt-oss.expert_{k}", U32, v)
+                   for k, v in {"count": experts, "used_count": 2, "feed_forward_length": feed}.items()]
+    write(a.out, fields, tensors)
 
 
 def main():
@@ -191,6 +215,7 @@ def main():
     p.add_argument("out")
     for name, value in {"layers": 2, "hidden": 256, "heads": 8, "kv-heads": 2, "head-size": 64, "context": 32768}.items():
         p.add_argument("--" + name, type=int, default=value)
+    p.add_argument("--kind", default="llama", choices=["llama", "refact", "gemma2", "gpt-oss"])
     p.set_defaults(run=random_model)
     a = parser.parse_args()
     a.run(a)

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -122,12 +123,17 @@ def settings(s):
 
 @case
 def prefill_is_stock(s):
-    """Prefill, flash attention that is off, and short contexts are ggml's own, bit by bit."""
-    model = s.random_model()
+    """Prefill, flash attention that is off, ALiBi, and short contexts are ggml's own, bit by bit."""
+    model, alibi = s.random_model(), s.random_model("alibi", "--kind", "refact")
     for options in (["--count", "1500", "--batch", "500"], ["--count", "40", "--batch", "1"],
-                    ["--count", "8", "--skip", "900", "--batch", "1", "--flash", "off"]):
+                    ["--count", "40", "--batch", "1", "--context", "48"],
+                    ["--count", "8", "--skip", "900", "--batch", "1", "--flash", "off"],
+                    ["--count", "8", "--skip", "900", "--batch", "1", "--flash", "off", "--type", "f32"],
+                    ["--count", "8", "--skip", "900", "--batch", "1", "alibi"]):
+        of = model if options[-1] != "alibi" else alibi
+        options = [o for o in options if o != "alibi"]
         for name in ("a", "b"):
-            s.run("logits", *options, "--out", s.work / f"prefill_{name}", model=model, stock=name == "a")
+            s.run("logits", *options, "--out", s.work / f"prefill_{name}", model=of, stock=name == "a")
         assert (s.work / "prefill_a").read_bytes() == (s.work / "prefill_b").read_bytes(), options
 
 
@@ -146,7 +152,7 @@ def report(s):
     assert len(r["layers"]) == 2, r
     assert all(l["audited"] == 8 * l["verified"] > 0 and l["p_value"] > 1e-4 for l in r["layers"]), r
     assert 0 < r["code_bytes"] < 0.2 * r["cache_bytes"], r
-    _, lines = s.run("bench", *options, model=model, VATTN_REPORT="stderr", VATTN_AUDIT="0.5")
+    _, lines = s.run("bench", *options, "--flash", "auto", model=model, VATTN_REPORT="stderr", VATTN_AUDIT="0.5")
     text = "\n".join(lines)
     assert "100 calls" in text and "layer 1: calls " in text and "audited" in text and "stale codes found 0" in text, text
     path = s.work / "report.txt"
@@ -161,10 +167,10 @@ def report_on_signal(s):
     path.unlink(missing_ok=True)
     words = [s.driver, "bench", "--libs", s.libs, "--model", s.random_model(), "--fill", "600", "--steps", "20000"]
     environment = {**os.environ, "GGML_BACKEND_PATH": str(s.library), "VATTN_REPORT": str(path)}
-    with subprocess.Popen([str(w) for w in words], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
-        while run.poll() is None and not path.exists():  # made when the library is loaded
-            time.sleep(0.05)
-        time.sleep(1)  # before that a signal would end it
+    with subprocess.Popen([str(w) for w in words], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as run:
+        for line in run.stderr:  # before it is there a signal would end it
+            if line.startswith("vattn:"):
+                break
         while run.poll() is None and path.stat().st_size == 0:
             run.send_signal(signal.SIGUSR1)
             time.sleep(0.2)
@@ -224,12 +230,14 @@ def greedy(s):
     assert common >= 16
 
 
-def check_events(s, *options, mode="verified", steps=None, seed="1"):
-    model = s.random_model()
+def check_events(s, *options, mode="verified", steps=None, seed="1", model=()):
+    model = s.random_model(*model)
     exact = mode == "exact"
-    out, _ = s.run("events", "--steps", steps or s.steps, "--seed", seed, *options, "--epsilon", "0.002" if exact else "0.1",
+    out, lines = s.run("events", "--steps", steps or s.steps, "--seed", seed, *options, "--epsilon", "0.002" if exact else "0.1",
                    model=model, VATTN_MODE=mode, VATTN_REPORT="stderr")
     assert "as promised" in out
+    codes = sum(int(m[1]) for l in lines if (m := re.search(r" calls in .*; (\d+) by codes", l)))
+    assert (codes > 0) == (not exact and "f32" not in options), "what is tested was not used"
     if exact:
         assert " sampled 0, violations 0, largest" in out
 
@@ -318,9 +326,35 @@ def events_twice(s):
 
 
 @case
+def events_beside(s):
+    """Two models at once in one process, as a draft's and its target's are."""
+    check_events(s, "--beside", "1", seed="12", steps=20)
+
+
+@case
+def events_softcap(s):
+    """Soft cap, and every other layer sees the last 1024 tokens by a mask."""
+    check_events(s, seed="13", model=("gemma2", "--kind", "gemma2"))
+
+
+@case
+def events_sliding(s):
+    """The same where those layers have a small cache of their own, whose cells are used again."""
+    check_events(s, "--swa-full", "0", seed="14", model=("gemma2", "--kind", "gemma2"))
+
+
+@case
+def events_sinks(s):
+    """Attention sinks."""
+    check_events(s, seed="15", model=("gpt-oss", "--kind", "gpt-oss"))
+
+
+@case
 def soak(s):
     """Many steps with random events, attention held against double precision; memory does not grow."""
-    check_events(s, "--sequences", "3", "--context", "20480", "--one-in", "16", "--leak", "1", steps=max(200, 20 * int(s.steps)), seed="11")
+    small = ("small", "--hidden", "128", "--heads", "4", "--kv-heads", "1")
+    check_events(s, "--sequences", "3", "--context", "20480", "--one-in", "16", "--leak", "1", steps=max(200, 20 * int(s.steps)),
+                 seed="11", model=small)
 
 
 def main():

@@ -30,10 +30,10 @@ class attention_watch {
   std::uint64_t violations = 0;  ///< off by more than epsilon
   double largest = 0;
   std::map<std::string, std::uint64_t> by_layer;  ///< violations
-  bool prefill_too = false;
+  bool paused = false;
 
  private:
-  [[nodiscard]] bool wanted(const ggml_tensor* node) const { return prefill_too || node->src[0]->ne[1] <= 16; }
+  [[nodiscard]] bool wanted(const ggml_tensor* node) const { return !paused && node->src[0]->ne[1] <= 16; }
   static const char* at(const ggml_tensor* t, int64_t i1, int64_t i2, int64_t i3) {
     return static_cast<const char*>(t->data) + static_cast<std::size_t>(i1) * t->nb[1] +
            static_cast<std::size_t>(i2) * t->nb[2] + static_cast<std::size_t>(i3) * t->nb[3];
@@ -50,6 +50,7 @@ class attention_watch {
 
   void check(const ggml_tensor* node) {
     const ggml_tensor *q = node->src[0], *k = node->src[1], *v = node->src[2], *mask = node->src[3];
+    const auto* sinks = node->src[4] ? static_cast<const float*>(node->src[4]->data) : nullptr;
     float scale, cap;
     std::memcpy(&scale, node->op_params, sizeof scale);
     std::memcpy(&cap, reinterpret_cast<const char*>(node->op_params) + 8, sizeof cap);
@@ -77,6 +78,10 @@ class attention_watch {
             if (cap > 0) dot = static_cast<double>(cap) * std::tanh(dot / static_cast<double>(cap));
             logits[static_cast<std::size_t>(c)] = dot + bias;
             top = std::max(top, dot + bias);
+          }
+          if (sinks) {
+            top = std::max(top, static_cast<double>(sinks[h]));
+            weight = std::exp(static_cast<double>(sinks[h]) - top);
           }
           std::fill(output.begin(), output.end(), 0.0);
           for (int64_t c = 0; c < k->ne[1]; ++c) {
