@@ -18,7 +18,7 @@ constexpr index_t least_cells = 512;            // below, a node takes microseco
 constexpr index_t least_visible = 5120;         // from here codes are faster than exact attention by our kernels
 constexpr index_t coding_steps = 24;            // over which the codes of a context are spread, at least
 constexpr index_t coding_steps_quantised = 64;  // where exact attention is not that much faster than ggml's
-constexpr index_t least_coded = 256;            // cells a step
+constexpr index_t least_coded = 128;            // cells a step
 constexpr index_t unit_rows = 512;              // of which a layer's units are taken
 constexpr index_t most_parts = 4;  // of a KV head's query heads, where there are more threads than KV heads
 

@@ -282,6 +282,7 @@ struct memory_use {
 };
 memory_use memory_now() {
   memory_use m;
+  malloc_trim(0);  // else freed states stay resident
   const auto heap = mallinfo2();
   m.allocated = static_cast<long>((heap.uordblks + heap.hblkhd) / 1024);
   std::ifstream in("/proc/self/status");
@@ -332,12 +333,13 @@ int events(const arguments& a) {
     s.decode();
   };
   // Steps in which the codes of a context are made, which is then ready for an event; they are not checked.
-  const int coding_steps = o.type.starts_with('q') ? 66 : 26;
+  const int coding_steps = o.type.starts_with('q') ? 68 : 28;
   const auto settle = [&](int q) {
     watch.paused = true;
     for (int i = 0; i < coding_steps && used(q) + 300 < room; ++i) step(q);
     watch.paused = false;
   };
+  llama_memory_clear(s.memory(), true);  // writes to all of it, so that what is resident does not grow with its use
   refill(0);
   beginning = s.state_of(0);
   settle(0);
