@@ -318,38 +318,6 @@ class index_sampler : protected index_thresholds<Policy, Head> {
   std::array<stats::evidence, max_group> estimate_{}, now_{};  // the last that was judged; of the sample at hand
 };
 
-/// Query by query, the heads of those that see nearly the same cells together: `attend(heads, seen)` for each such set.
-/// What only some of them see is read for all, so that it may be half of what a scan and tables of one's own cost.
-/// `views` [queries, blocks of n cells].
-template <kv_head Head, class Attend>
-void attend_by_views(head_group<Head>& group, const index_costs& costs, std::span<std::uint64_t> views,
-                     Attend&& attend) noexcept {
-  const index_t queries = group[group.size() - 1].query - group[0].query + 1, each = group.size() / queries;
-  if (queries == 1) return attend(group, cells_of_queries{});
-  const index_t n = group[0].row.head.size(), blocks = n / kernel::scan_keys + 1;
-  const cells_of_queries seen{views.data(), queries, blocks};
-  for (index_t q = 0; q < queries; ++q) {
-    const population& own = group[q * each].tokens;
-    mark_cells(own, 0, own.size(),
-               views.subspan(static_cast<std::size_t>(q * blocks), static_cast<std::size_t>(blocks)));
-  }
-  const double most = std::min((costs.once + costs.scan * static_cast<double>(n)) / 2, static_cast<double>(n) / 16);
-  for (index_t first = 0, last = 1; first < queries; first = last++) {
-    for (double apart = 0; last < queries; ++last) {
-      apart += static_cast<double>(seen.apart(first, last));
-      if (apart > most) break;
-    }
-    const cells_of_queries here =
-        last - first > 1 ? cells_of_queries{seen.bits + first * blocks, last - first, blocks} : cells_of_queries{};
-    if (last - first == queries) return attend(group, here);
-    head_group<Head> some;
-    some.memory = group.memory, some.helpers = group.helpers, some.worker = group.worker;
-    for (index_t g = first * each; g < last * each; ++g) some.push(std::move(group[g]));
-    attend(some, here);
-    for (index_t g = 0; g < some.size(); ++g) group.put(first * each + g, std::move(some[g]));
-  }
-}
-
 /// Every head of the group by its index.
 template <class Policy, kv_head Head, class Indices>
 void attend_by_index(head_group<Head>& group, const config& settings, const Indices& indices) noexcept {

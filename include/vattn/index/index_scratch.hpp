@@ -4,9 +4,7 @@
 
 #include <algorithm>
 #include <array>
-#include <bit>
 #include <span>
-#include <utility>
 
 #include "vattn/estimate/strata.hpp"
 #include "vattn/exact_attention.hpp"
@@ -15,59 +13,10 @@
 #include "vattn/index/gather.hpp"
 #include "vattn/index/index_costs.hpp"
 #include "vattn/index/index_plan.hpp"
+#include "vattn/index/index_views.hpp"
 #include "vattn/sample/thinning.hpp"
 
 namespace vattn::VATTN_ABI {
-
-/// Which cells each of the queries of a group sees, a bit each: none where all heads have the same query.
-struct cells_of_queries {
-  const std::uint64_t* bits = nullptr;  // [queries, blocks]
-  index_t queries = 0, blocks = 0;
-
-  [[nodiscard]] explicit operator bool() const noexcept { return bits != nullptr; }
-  [[nodiscard]] bool sees(index_t query, index_t cell) const noexcept {
-    return !bits || (bits[query * blocks + cell / kernel::scan_keys] >> (cell % kernel::scan_keys) & 1) != 0;
-  }
-  [[nodiscard]] std::uint64_t all(index_t block) const noexcept {
-    std::uint64_t seen = ~std::uint64_t{0};
-    for (index_t q = 0; q < queries; ++q) seen &= bits[q * blocks + block];
-    return seen;
-  }
-  [[nodiscard]] std::uint64_t any(index_t block) const noexcept {
-    std::uint64_t seen = 0;
-    for (index_t q = 0; q < queries; ++q) seen |= bits[q * blocks + block];
-    return seen;
-  }
-  [[nodiscard]] index_t seen_by_any() const noexcept {
-    index_t count = 0;
-    for (index_t b = 0; b < blocks; ++b) count += std::popcount(any(b));
-    return count;
-  }
-  /// Cells that one of two queries sees and the other does not.
-  [[nodiscard]] index_t apart(index_t q, index_t r) const noexcept {
-    index_t count = 0;
-    for (index_t b = 0; b < blocks; ++b) count += std::popcount(bits[q * blocks + b] ^ bits[r * blocks + b]);
-    return count;
-  }
-};
-
-/// Sets the bits of tokens [first, last) of a query, and clears all others. The blocks that have any.
-inline std::pair<index_t, index_t> mark_cells(const population& tokens, index_t first, index_t last,
-                                              std::span<std::uint64_t> bits) noexcept {
-  constexpr index_t width = kernel::scan_keys;
-  const auto at = [](index_t i) { return static_cast<std::size_t>(i); };
-  std::fill(bits.begin(), bits.end(), std::uint64_t{0});
-  if (first >= last) return {0, 0};
-  if (!tokens.contiguous()) {
-    for (index_t j = first; j < last; ++j) bits[at(tokens[j] / width)] |= std::uint64_t{1} << (tokens[j] % width);
-    return {0, static_cast<index_t>(bits.size())};
-  }
-  const index_t from = tokens[first], to = tokens[last - 1] + 1, begin = from / width, end = (to - 1) / width + 1;
-  std::fill(bits.begin() + begin, bits.begin() + end, ~std::uint64_t{0});
-  bits[at(begin)] &= ~std::uint64_t{0} << (from % width);
-  bits[at(end - 1)] &= ~std::uint64_t{0} >> (end * width - to);
-  return {begin, end};
-}
 
 /// What a worker needs for a piece of a group's work, at the front of its group's memory.
 struct index_piece {
