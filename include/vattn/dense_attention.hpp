@@ -69,16 +69,17 @@ struct dense_scratch {
   }
 };
 
-/// Exact attention of a call whose arguments were checked.
+/// Exact attention of a call whose arguments were checked. Certificates say of what was asked what `asked` does.
 template <class Q, kv_cache KV, class Head>
 class dense_call {
  public:
   dense_call(const tensor_view<const Q, 4>& q, const KV& cache, const attention_options& options,
-             const attention_result& result) noexcept
+             const attention_result& result, const certificate& asked = {}) noexcept
       : q_(q),
         cache_(cache),
         options_(options),
         result_(result),
+        asked_(asked),
         plan_(q.extents[0], q.extents[1], q.extents[2], cache.n_kv_heads(), longest(cache),
               options.mask.same_for_heads()) {}
 
@@ -194,7 +195,7 @@ class dense_call {
     for (index_t j = 0; j < dv; ++j) result_.output(b, t, h, j) = output[static_cast<std::size_t>(j)];
     if (result_.log_sum_exp) result_.log_sum_exp(b, t, h) = lse;
     if (result_.certificates) {
-      certificate c;
+      certificate c = asked_;
       c.n = tokens;
       certify_exact(c);
       c.log_denominator = lse;
@@ -206,6 +207,7 @@ class dense_call {
   const KV& cache_;
   const attention_options& options_;
   const attention_result& result_;
+  certificate asked_;
   dense_plan plan_;
 };
 

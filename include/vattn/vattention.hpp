@@ -115,7 +115,9 @@ class vattention {
                   std::same_as<std::remove_cvref_t<Observer>, unobserved> &&
                   !partial_executor<std::remove_cvref_t<E>>) {
       if (!result.decisions.tokens && (from_store || !options.positions) && !may_pay(cache, group)) {
-        const status s = each.template exactly<head>(q, cache, options, result, memory, exec);
+        certificate asked;
+        each.state_promise(asked);
+        const status s = dense_call<Q, KV, head>(q, cache, options, result, asked).run(memory, exec);
         if (s.code() != errc::workspace_too_small) return s;  // sized for what needs less
       }
     }
@@ -147,21 +149,6 @@ class vattention {
     } else {
       return indexed() && index_may_pay(n, fixed_rows(), selector_.costs);
     }
-  }
-
-  template <class Head, class Q, kv_cache KV, executor E>
-  [[nodiscard]] status exactly(const tensor_view<const Q, 4>& q, const KV& cache, const attention_options& options,
-                               const attention_result& result, workspace& memory, E& exec) const noexcept {
-    const status s = dense_call<Q, KV, Head>(q, cache, options, result).run(memory, exec);
-    if (!s || !result.certificates) return s;
-    for (index_t b = 0; b < q.extents[0]; ++b) {
-      for (index_t t = 0; t < q.extents[1]; ++t) {
-        for (index_t h = 0; h < q.extents[2]; ++h) {
-          state_promise(result.certificates(b, t, h));
-        }
-      }
-    }
-    return s;
   }
 
   void state_promise(certificate& c) const noexcept {

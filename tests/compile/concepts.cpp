@@ -47,6 +47,13 @@ static_assert(bound<budget::clt> && bound<budget::student> && bound<budget::hoef
 static_assert(!bound<budget::output>);
 static_assert(target_for<budget::denominator, budget::clt> && target_for<budget::output, budget::bernstein>);
 static_assert(!target_for<budget::clt, budget::clt>);
+// Each kind of evidence by bounds of its kind.
+static_assert(stats::evidence_for<stats::evidence, budget::clt> &&
+              stats::evidence_for<stats::evidence, budget::student>);
+static_assert(stats::evidence_for<stats::uniform_ranges, budget::hoeffding> &&
+              stats::evidence_for<stats::poisson_ranges, budget::bernstein>);
+static_assert(!stats::evidence_for<stats::evidence, budget::bernstein> &&
+              !stats::evidence_for<stats::uniform_ranges, budget::clt>);
 static_assert(uniform_sampler<sample::uniform_without_replacement>);
 static_assert(uniform_sampler<sample::uniform_with_replacement>);
 static_assert(!uniform_sampler<random_stream>);

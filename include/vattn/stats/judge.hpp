@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>
+#include <concepts>
 
 #include "vattn/stats/bounds.hpp"
 #include "vattn/stats/evidence.hpp"
@@ -30,8 +31,8 @@ struct verdict {
   return p.hidden * std::sqrt(squared_goal(e, p)) * e.denominator;
 }
 
-/// Radius of D̂ relative to D̂, and of N̂ relative to ‖N̂‖: what the judge asks of evidence, beside the output's. Those of
-/// known ranges are in ranges.hpp.
+/// Radius of D̂ relative to D̂, and of N̂ relative to ‖N̂‖: what the judge asks of evidence, beside the output's. For
+/// evidence of the other kind they are in ranges.hpp.
 template <asymptotic_bound B>
 [[nodiscard]] VATTN_FN double denominator_radius(const evidence& e, double delta) noexcept {
   const error_shape shape{1, e.denominator_dof, static_cast<double>(e.rows - e.certain), true};
@@ -83,11 +84,17 @@ template <class F>
   return e2 < 1 ? (e1 + e2) / (1 - e2) : infinity;
 }
 
-/// Does the promise hold, for what the evidence shows? Every target, by every bound; evidence is of two kinds, for the
-/// bounds are: `evidence` holds variances, of which asymptotic bounds know the distribution; `uniform_ranges` and
-/// `poisson_ranges` (ranges.hpp) hold ranges and no variance, from which finite-sample bounds make radii. A kind says
-/// how far D̂, N̂ and ô may be off at δ; the rest is the same. What is not a number is not met.
-template <class B, target_kind Target = target_kind::output, class Evidence>
+/// Evidence is of two kinds, for bounds are: `evidence` holds variances, and an asymptotic bound says how an error of
+/// that variance is distributed; `uniform_ranges` and `poisson_ranges` (ranges.hpp) hold ranges and no variance, from
+/// which a finite-sample bound makes radii. Either says how far D̂, N̂ and ô may be off at δ, and the rest is the same.
+template <class Evidence, class B>
+concept evidence_for = requires(const Evidence& e, double delta) {
+  { e.finite() } -> std::same_as<bool>;
+  { denominator_radius<B>(e, delta) } -> std::same_as<double>;
+};
+
+/// Does the promise hold, for what the evidence shows? Every target, by every bound. What is not a number is not met.
+template <class B, target_kind Target = target_kind::output, evidence_for<B> Evidence>
 [[nodiscard]] VATTN_FN verdict judge(const Evidence& e, const promise& p) noexcept {
   static_assert(Target != target_kind::none,
                 "judge<bound, target>: name what is promised, target_kind::output or another");
