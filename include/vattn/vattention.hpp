@@ -74,10 +74,12 @@ class vattention {
 
   [[nodiscard]] const vattn::config& settings() const noexcept { return settings_; }
 
-  /// Bytes of workspace for sequences of at most n tokens. `masked`: the call has a mask, or positions.
+  /// Bytes of workspace for sequences of at most n tokens. `masked`: the call has a mask, or positions. 0 where no call
+  /// is served: with settings that do not validate, or sizes that are none.
   [[nodiscard]] std::size_t workspace_bytes(index_t n, index_t dk, index_t dv, bool masked = false,
                                             index_t workers = 1) const noexcept {
     const kernel::floating_point_scope standard;
+    if (!settings_.validate() || n < 0 || n >= population::max_size || dk < 1 || dv < 1 || workers < 1) return 0;
     scratch::sparse_sizes sparse = sizes(n, dv);
     if (beside_cache && !indexed()) return call_bytes(n, dk, dv, masked, all_rows(dk, dv), workers);
     if constexpr (from_store) sparse.group_bytes = store_bytes(n, max_group, dk, dv);

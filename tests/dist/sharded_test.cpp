@@ -223,6 +223,34 @@ TEST_CASE("(o, log-sum-exp) of dense shards merge into those of the whole", "[di
   for (const status& one : failed) CHECK(std::string(one.message()) == "rank 2: no");
 }
 
+TEST_CASE("shards that cannot be merged are told on every rank, and nothing is written", "[dist]") {
+  const auto merged = [](auto&& change) {
+    std::array<std::vector<float>, 2> outputs, sums;
+    const auto said = on_ranks(2, [&](auto& comm) {
+      const auto i = static_cast<std::size_t>(comm.rank());
+      outputs[i].assign(8, 1), sums[i].assign(2, 1);
+      tensor_view<float, 4> output(outputs[i].data(), {1, 1, 2, 4});
+      tensor_view<float, 3> lse(sums[i].data(), {1, 1, 2});
+      if (i == 1) change(output, lse);
+      workspace memory;
+      return dist::merge_outputs(output, lse, memory, comm);
+    });
+    CHECK(outputs[0] == std::vector<float>(8, 1));
+    CHECK(sums[0] == std::vector<float>(2, 1));
+    return said;
+  };
+  for (const float odd : {not_a_number, infinity}) {
+    for (const status& s : merged([&](auto&, auto& lse) { lse(0, 0, 1) = odd; })) CHECK(s.code() == errc::non_finite);
+  }
+  for (const status& s : merged([](auto&, auto& lse) { lse = {}; })) CHECK(s.code() == errc::invalid_argument);
+  for (const status& s : merged([](auto& output, auto&) { output.strides[2] = 4; }))
+    CHECK(s.code() == errc::invalid_argument);
+  for (const status& s : merged([](auto& output, auto&) {
+         output.data = reinterpret_cast<float*>(reinterpret_cast<std::byte*>(output.data) + 2);
+       }))
+    CHECK(s.code() == errc::invalid_argument);
+}
+
 TEST_CASE("sampled shards keep epsilon, read few rows, send little, and end with the same bits on every rank",
           "[dist]") {
   for (const int ranks : {1, 2, 3}) {

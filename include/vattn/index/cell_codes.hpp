@@ -16,6 +16,7 @@
 #include "vattn/base/pages.hpp"
 #include "vattn/kernel/cell_scan.hpp"
 #include "vattn/kernel/row.hpp"
+#include "vattn/kernel/units.hpp"
 #include "vattn/sketch/rotation.hpp"
 
 namespace vattn::VATTN_ABI {
@@ -109,7 +110,7 @@ class cell_codes {
     std::copy(mean.begin(), mean.end(), buffer_.begin());
     rotation_.apply(buffer_);
     mean_ = buffer_;
-    const auto usable = [](float x) { return x > 1e-30f && x < 1e30f ? x : 1.0f; };
+    const auto usable = [](float x) { return x > 0x1p-110f && x < 0x1p110f ? x : 1.0f; };
     units_ = {usable(units.scale), usable(units.radius), usable(units.reach)};
   }
 
@@ -168,7 +169,7 @@ class cell_codes {
     }
     const std::size_t l = lane(k);
     lanes(to, 0)[l] = cell_lengths::word(scale, static_cast<unsigned>(radius));
-    const float log_reach = std::log(std::max(distance, 1e-30f) / units_.reach);
+    const float log_reach = std::log(std::max(distance / units_.reach, 1e-30f));
     lanes(to, 1)[l] = static_cast<std::int16_t>(std::clamp(std::lround(512 * log_reach), -32767l, 32767l));
     coded_[at(cell / kernel::scan_keys)] |= std::uint64_t{1} << k;
     return true;
@@ -255,10 +256,11 @@ class cell_codes {
   // α, and of the key y and its levels c what ρ is made of.
   struct encoded {
     float scale = 0, square = 0, along = 0, norm2 = 0;  // ‖y‖², ⟨c, y⟩, ‖c‖²
+    float unit = 1;                                     // of the y of the last three (kernel/units.hpp)
     /// ‖y − αc‖, and room for sums of rounded squares.
     [[nodiscard]] float radius(float alpha) const noexcept {
-      const float left = square - 2 * alpha * along + alpha * alpha * norm2;
-      return std::sqrt(std::max(0.0f, left)) + 1e-6f * std::sqrt(square);
+      const float a = alpha * unit, left = square - 2 * a * along + a * a * norm2;
+      return (std::sqrt(std::max(0.0f, left)) + 1e-6f * std::sqrt(square)) * (1 / unit);
     }
   };
 
@@ -338,9 +340,14 @@ class cell_codes {
     const auto width = static_cast<Eigen::Index>(layout_.width);
     Eigen::Map<Eigen::ArrayXf> all(buffer_.data(), width);
     all -= Eigen::Map<const Eigen::ArrayXf>(mean_.data(), width);
-    const float square = all.square().sum();
+    float square = all.square().sum(), unit = 1;
+    if (!(square > 0x1p-80f && square < 0x1p100f)) {  // float holds other squares badly, or not at all
+      unit = kernel::unit_for(all.abs().maxCoeff());
+      all *= unit;
+      square = all.square().sum();
+    }
     constexpr float infinite = std::numeric_limits<float>::infinity();
-    if (!(square < 1e34f)) return {infinite, infinite, 0, 0};  // squares of what is larger overflow below
+    if (!std::isfinite(square)) return {infinite, infinite, 0, 0};
     // Half steps of optimal uniform quantisers of a normal variable, in standard deviations (Max 1960).
     constexpr float half_steps[] = {1.0f, 0.7979f, 0.4979f, 0.2930f, 0.1676f};
     const float half = half_steps[layout_.bits];
@@ -356,7 +363,7 @@ class cell_codes {
     // Where hardly anything of y lies in the coded coordinates, unbiasedness would cost a huge error.
     const bool hidden = along * along < 0.05f * square * norm2;
     const float alpha = square > 0 ? (hidden ? std::max(0.0f, along / norm2) : square / along) : 0;
-    return {alpha, square, along, norm2};
+    return {alpha * (1 / unit), square, along, norm2, unit};
   }
 
   sketch::random_rotation rotation_;

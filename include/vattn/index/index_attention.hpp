@@ -89,7 +89,7 @@ class index_sampler : protected index_thresholds<Policy, Head> {
                     .bound = B::name,
                     .assumptions = assumptions});
     record_rows(task);
-    put_estimate(task, reader_->reference(g), e.denominator, s_.output.data() + g * head_.dv());
+    put_estimate(task, reader_->reference(g), e.denominator, s_.output.data() + g * head_.dv(), this->unit());
   }
 
  protected:  // for dist/, where a shard's sample is judged together with those of others
@@ -127,7 +127,7 @@ class index_sampler : protected index_thresholds<Policy, Head> {
       m.rest = std::min<std::int32_t>(longest_rest, 1 << m.failures);
       return;
     }
-    m = {heads_, wanted_, estimate_, log_sum_};
+    m = {heads_, wanted_, estimate_, log_sum_, this->unit()};
     // What was read for nothing, or would not quite have been enough.
     for (index_t h = 0; h < heads_; ++h)
       m.thresholds.plain[at(h)] += std::clamp(-std::log(std::max(need_[at(h)], 1e-3)), -0.3, 0.3);
@@ -136,7 +136,7 @@ class index_sampler : protected index_thresholds<Policy, Head> {
   // Begins where the last step ended: with its thresholds where scores are as they were then, else with a plan for
   // outputs of the lengths that they had. False: with nothing at hand, or nothing that fits.
   [[nodiscard]] bool resume() noexcept {
-    if (!remembered_ || !remembered_->usable(heads_)) return false;
+    if (!remembered_ || !remembered_->usable(heads_) || remembered_->value_unit != this->unit()) return false;
     const index_memory& m = *remembered_;
     wanted_ = m.thresholds;
     estimate_ = m.estimates;
@@ -191,7 +191,8 @@ class index_sampler : protected index_thresholds<Policy, Head> {
       if (!to[at(g)].finite()) return false;
       away2[at(g)] = to[at(g)].away2;
       kernel::float_map(s_.away.data() + g * dv, dv) =
-          kernel::const_float_map(s_.output.data() + g * dv, dv) - kernel::const_float_map(centre_, dv);
+          (kernel::const_float_map(s_.output.data() + g * dv, dv) - kernel::const_float_map(centre_, dv)) *
+          this->unit();
     }
     std::array<typename reader::spread, max_group> found;
     reader_->measure_spread(s_.output, s_.away, away2, found);
@@ -224,7 +225,7 @@ class index_sampler : protected index_thresholds<Policy, Head> {
   }
 
   [[nodiscard]] bool make_plan() noexcept {
-    const auto unit = static_cast<double>(codes_.units().reach);
+    const auto unit = static_cast<double>(this->reach_unit());
     wanted_.away = 0.5;
     for (index_t g = 0; g < heads_; ++g)
       wanted_.away = std::max(wanted_.away, 1.1 * std::sqrt(estimate_[at(g)].away2) / unit);

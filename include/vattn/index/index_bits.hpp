@@ -12,6 +12,7 @@
 #include "vattn/base/philox.hpp"
 #include "vattn/index/cell_codes.hpp"
 #include "vattn/index/index_costs.hpp"
+#include "vattn/kernel/units.hpp"
 #include "vattn/kv/view.hpp"
 
 namespace vattn::VATTN_ABI {
@@ -32,20 +33,21 @@ class bits_predictor {
   /// Rows of a head that are spread over it; false where hardly any are finite.
   template <kv_head Head>
   [[nodiscard]] bool take(const Head& head) {
-    using kernel::load, kernel::squared_norm;
+    using kernel::load;
     cells_ = head.size();
     const index_t count = std::min(cells_, rows);
     keys_.resize(head.dk(), count), values_.resize(head.dv(), count);
     index_t used = 0;
     for (index_t i = 0; i < count; ++i) {
       const index_t cell = i * cells_ / count;
-      if (!(squared_norm(head.key(cell)) < 1e30f && squared_norm(head.value(cell)) < 1e30f)) continue;
+      if (!(kernel::norm_of(head.key(cell)) < 1e30f && kernel::norm_of(head.value(cell)) < 1e30f)) continue;
       load(head.key(cell), keys_.col(used).data());
       load(head.value(cell), values_.col(used).data());
       ++used;
     }
     keys_.conservativeResize(Eigen::NoChange, used), values_.conservativeResize(Eigen::NoChange, used);
     if (used < 64) return false;
+    values_ *= kernel::unit_for(values_.cwiseAbs().maxCoeff());
     mean_ = keys_.rowwise().mean();
     return true;
   }

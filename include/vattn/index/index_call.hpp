@@ -35,6 +35,7 @@ struct index_memory {
   cell_thresholds thresholds{};
   std::array<stats::evidence, max_group> estimates{};
   std::array<double, max_group> log_sum{};  ///< of a few scores then
+  float value_unit = 1;                     ///< of the estimates' lengths (query_row::value_unit)
   std::int32_t failures = 0, rest = 0;      ///< times in a row that all rows were read instead; steps to do so unasked
 
   [[nodiscard]] bool usable(index_t of_heads) const noexcept {
@@ -83,6 +84,12 @@ template <kv_cache KV, class Indices>
     return status::error(errc::invalid_argument,
                          "memory of %zu KV heads for %lld sequences of %lld: give one for each, or none",
                          indices.memory.size(), ll(cache.n_batch()), ll(cache.n_kv_heads()));
+  }
+  const index_costs& c = indices.costs;
+  if (!(c.scan >= 0 && c.key >= 0 && c.once >= 0)) {
+    return status::error(errc::invalid_argument,
+                         "costs of an index are scan %g, key %g, once %g: give 0 or more, in the time of reading a row",
+                         c.scan, c.key, c.once);
   }
   for (const kv_index& i : indices.sequences) {
     if (status s = i.validate(); !s) return s;

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <bit>
 #include <cmath>
+#include <limits>
 #include <span>
 
 #include "vattn/call/call.hpp"
@@ -45,6 +46,10 @@ class index_cells {
   [[nodiscard]] index_t certain_of(index_t g) const noexcept {
     return certain_ - (n_visible_ - group_[g].tokens.size());
   }
+
+  // Lengths of values are in the queries' value unit, and so is the codes' unit of them.
+  [[nodiscard]] float unit() const noexcept { return group_[0].row.value_unit; }
+  [[nodiscard]] float reach_unit() const noexcept { return codes_.units().reach * unit(); }
 
   [[nodiscard]] bool may_pay() const noexcept {
     return index_may_pay(n_visible_, std::min(n_visible_, settings_.sinks + settings_.window + apart_), costs_);
@@ -204,7 +209,8 @@ class index_cells {
     const double lowest = std::clamp((top - 12) / cap, -0.99, 0.0);
     return rise_[at(g)] + cap * (lowest - std::atanh(lowest));
   }
-  // Of mask and position bias: the most that they add to any visible logit, 0 at least.
+  // Of mask and position bias: the most that they add to any visible logit, 0 at least. What is no number may be
+  // anything: then all rows are read, and it is told.
   void find_rise() noexcept {
     for (index_t g = 0; g < heads_; ++g) {
       query_row<Head> bare = group_[g].row;
@@ -217,8 +223,10 @@ class index_cells {
       bare.softcap = 0;
       rise_[at(g)] = 0;
       if (!bare.transforms()) continue;
-      for (index_t j = 0; j < own.size(); ++j)
-        rise_[at(g)] = std::max(rise_[at(g)], static_cast<double>(bare.transform(0, own[j])));
+      for (index_t j = 0; j < own.size(); ++j) {
+        const auto by = static_cast<double>(bare.transform(0, own[j]));
+        if (!(by <= rise_[at(g)])) rise_[at(g)] = std::isnan(by) ? std::numeric_limits<double>::infinity() : by;
+      }
     }
   }
 

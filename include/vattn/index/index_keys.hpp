@@ -12,6 +12,7 @@
 #include "vattn/call/call.hpp"
 #include "vattn/index/cell_tables.hpp"
 #include "vattn/index/index_scratch.hpp"
+#include "vattn/kernel/units.hpp"
 
 namespace vattn::VATTN_ABI {
 
@@ -26,7 +27,7 @@ class index_keys {
   using V = typename rows_of::value_element;
 
  public:
-  /// `queries` [heads, dk], scaled; all arguments must outlive it.
+  /// `queries` [heads, dk], scaled; `reach_unit` in the queries' value unit. All arguments must outlive it.
   index_keys(head_group<Head>& group, const cell_tables& tables, const float* queries, float reach_unit,
              const float* value_centre, const index_reader_memory& memory) noexcept
       : group_(group),
@@ -37,10 +38,11 @@ class index_keys {
         heads_(group.size()),
         how_(kernel::active_isa()),
         centre_(value_centre),
-        log_unit2_(2 * std::log(reach_unit)) {
+        unit_(group[0].row.value_unit),
+        reach_unit2_(reach_unit * reach_unit) {
     prepared_ = kernel::prepare_queries<K>(how_, queries, heads_, head_.dk(), group[0].row.scale, m_.prepared);
-    sampled_ = stratum(m_.sampled, heads_, head_.dv());
-    certain_ = stratum(m_.certain, heads_, head_.dv());
+    sampled_ = stratum(m_.sampled, heads_, head_.dv(), unit_);
+    certain_ = stratum(m_.certain, heads_, head_.dv(), unit_);
     reference_.fill(-std::numeric_limits<float>::infinity());
     candidates_ = {
         m_.cells.data(), m_.reach.data(), m_.radius.data(), m_.noise.data(), m_.score.data(), m_.capacity, 0};
@@ -71,7 +73,6 @@ class index_keys {
 
   /// Rows that are read for certain. False where a logit is not finite.
   [[nodiscard]] bool read_certain(std::span<const ordinal> cells) noexcept {
-    using kernel::squared_distance;
     block_weights b;
     const auto count = static_cast<index_t>(cells.size());
     for (index_t from = 0; from < count; from += kernel::block_rows) {
@@ -79,7 +80,8 @@ class index_keys {
       const ordinal* const here = cells.data() + from;
       b.clear();
       std::fill_n(b.w, n, 1.0f);
-      for (index_t i = 0; i < n; ++i) b.r2[i] = squared_distance(head_.value(index_t{here[i]}), centre_);
+      for (index_t i = 0; i < n; ++i)
+        b.r2[i] = kernel::squared_distance_in(unit_, head_.value(index_t{here[i]}), centre_);
       if (!weigh_certain(here, n)) return false;
       exponentials(m_.x.data(), n);
       for (index_t h = 0; h < heads_; ++h) hide(h, here, n, 0);
@@ -127,6 +129,7 @@ class index_keys {
       m_.reach2[at(i)] = log_reach2(m_.reach[candidate(i)]);
     }
     kernel::exponentials(how_, m_.reach2.data(), picks_, 0);
+    for (index_t i = 0; i < picks_; ++i) m_.reach2[at(i)] *= reach_unit2_;
     return true;
   }
 
@@ -155,9 +158,10 @@ class index_keys {
   }
 
  private:
-  // log r², within what block_exponentials takes; whose r² is larger is read for certain, or hardly differs.
-  [[nodiscard]] float log_reach2(std::int16_t reach) const noexcept {
-    return std::clamp(static_cast<float>(reach) * (2.0f / 512) + log_unit2_, -80.0f, 80.0f);
+  // log (r/reach_unit)², so that its square is a float, and at any scale of the values the same; whose r² is larger is
+  // read for certain, or hardly differs.
+  [[nodiscard]] static float log_reach2(std::int16_t reach) noexcept {
+    return std::clamp(static_cast<float>(reach) * (2.0f / 512), -80.0f, 60.0f);
   }
 
   void set_levels() noexcept { kernel::cell_levels(how_, tables_.query, candidates_, m_.level.data()); }
@@ -274,7 +278,8 @@ class index_keys {
   index_t heads_;
   kernel::isa how_;
   const float* centre_;
-  float log_unit2_;
+  float unit_;  // of values' lengths
+  float reach_unit2_;
   bool transforms_ = false;
   kernel::block_queries prepared_{};
   kernel::cell_candidates candidates_;

@@ -18,7 +18,7 @@ class index_reader : public index_keys<Head> {
   using keys = index_keys<Head>;
   using keys::at, keys::candidate, keys::centre_, keys::certain_, keys::exponentials, keys::group_, keys::head_,
       keys::heads_, keys::how_, keys::kept_, keys::m_, keys::picks_, keys::reference_, keys::rows_, keys::sampled_,
-      keys::tables_, keys::thin_;
+      keys::tables_, keys::thin_, keys::unit_;
   using typename keys::rows_of, typename keys::V;
 
  public:
@@ -98,11 +98,12 @@ class index_reader : public index_keys<Head> {
   struct spread {
     double variance = 0, fourth = 0, third = 0;
   };
-  /// `outputs`, `away` [heads, dv]: ô, and ô − c of squared lengths `away2`. The values are read again, from a cache.
+  /// `outputs` [heads, dv]: ô as values are; `away` [heads, dv]: ô − c in the unit of lengths, of squared lengths
+  /// `away2`. The values are read again, from a cache.
   void measure_spread(std::span<const float> outputs, std::span<const float> away,
                       const std::array<double, max_group>& away2, std::array<spread, max_group>& found) noexcept {
     const index_t dv = head_.dv();
-    std::array<float, max_group> along{};   // c·u
+    std::array<float, max_group> along{};   // c·u, as `dots`: u alone in the unit
     std::array<double, max_group> third{};  // of the coefficients
     for (index_t h = 0; h < heads_; ++h)
       along[at(h)] = kernel::const_float_map(away.data() + h * dv, dv).dot(kernel::const_float_map(centre_, dv));
@@ -129,7 +130,7 @@ class index_reader : public index_keys<Head> {
               const auto u2 = static_cast<float>(away2[at(h)]), cu = along[at(h)];
               for (index_t i = 0; i < n; ++i) {
                 // r is known to a thousandth: that is what distances are known to.
-                const float rough = r2[i] + u2, far = std::max(rough - 2 * (dot[i] - cu), 4e-3f * rough);
+                const float rough = r2[i] + u2, far = std::max(rough - 2 * unit_ * (dot[i] - cu), 4e-3f * rough);
                 const float term = w[i] * (w[i] - 1) * x[i] * x[i] * far;
                 seen.variance[at(h)] += static_cast<double>(term);
                 seen.fourth[at(h)] += static_cast<double>(term) * static_cast<double>(term);
@@ -164,7 +165,7 @@ class index_reader : public index_keys<Head> {
     for (index_t h = 0; h < heads_; ++h) {
       const kernel::float_map sum(m_.third.data() + h * dv, dv);
       const kernel::const_float_map o(outputs.data() + h * dv, dv);
-      found[at(h)].third = static_cast<double>((sum - static_cast<float>(third[at(h)]) * o).norm());
+      found[at(h)].third = static_cast<double>(((sum - static_cast<float>(third[at(h)]) * o) * unit_).norm());
     }
   }
 

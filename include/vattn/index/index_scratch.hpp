@@ -140,7 +140,9 @@ struct index_scratch {
 
   /// More candidates than this cost more than reading all rows.
   [[nodiscard]] static index_t most_candidates(index_t n) noexcept { return n / 3 + 1024; }
-  [[nodiscard]] static index_t most_certain(index_t n, index_t fixed) noexcept { return fixed + n / 8 + 64; }
+  [[nodiscard]] static index_t most_certain(index_t n, index_t fixed) noexcept {
+    return std::min(n, fixed) + n / 8 + 64;
+  }
 
   /// `fixed`: sinks and window.
   [[nodiscard]] static index_scratch take(arena& a, index_t n, index_t heads, index_t dk, index_t dv,

@@ -38,12 +38,13 @@ class index_thresholds : protected index_cells<Head> {
     if constexpr (requires { Policy::sampler::enter(s); }) Policy::sampler::enter(s);
   }
 
-  // Tables, rows that are read for certain, and a look at scores. False: all rows are to be read.
+  // Tables, rows that are read for certain, and a look at scores. False: all rows are to be read, as where the codes'
+  // unit of distances is nothing like the values that are there.
   [[nodiscard]] bool open() noexcept {
+    if (!(this->reach_unit() > 0x1p-40f && this->reach_unit() < 0x1p40f)) return false;
     enter(stage::tables);
     if (!this->make_tables()) return false;
-    reader_.emplace(group_, tables_, s_.queries.data(), codes_.units().reach, centre_, s_.reader,
-                    this->random_.fork(1));
+    reader_.emplace(group_, tables_, s_.queries.data(), this->reach_unit(), centre_, s_.reader, this->random_.fork(1));
     enter(stage::slice);
     if (!reader_->read_certain(this->certain_cells())) return false;
     enter(stage::pilot);
@@ -52,9 +53,9 @@ class index_thresholds : protected index_cells<Head> {
 
   // Thresholds of the first scan: those of a sample that is enough for an output as far from 0 as the values' centre.
   void guess_thresholds() noexcept {
-    const auto unit = static_cast<double>(codes_.units().reach);
-    const auto centre2 =
-        static_cast<double>(kernel::const_float_map(centre_, static_cast<Eigen::Index>(head_.dv())).squaredNorm());
+    const auto unit = static_cast<double>(this->reach_unit());
+    const kernel::const_float_map centre(centre_, static_cast<Eigen::Index>(head_.dv()));
+    const auto centre2 = static_cast<double>((centre * this->unit()).squaredNorm());
     const double length = std::sqrt(centre2 + 0.05 * unit * unit) / unit;
     const double rows = 3.3 / (settings_.epsilon * settings_.epsilon * length * length);
     for (index_t h = 0; h < heads_; ++h) {
@@ -110,7 +111,7 @@ class index_thresholds : protected index_cells<Head> {
   // log(κ ε T D) as a threshold of scores of k − μ plus log(r/unit): a token that is missed although it may move the
   // output by f must cost at most κ·ε·T, and moves it by x‖v − ô‖ <= x(r + ‖ô − c‖), at a typical r.
   [[nodiscard]] double floor_threshold(index_t g, const stats::evidence& e) const noexcept {
-    const double unit = static_cast<double>(codes_.units().reach), away = std::max(1e-12, std::sqrt(e.away2));
+    const double unit = static_cast<double>(this->reach_unit()), away = std::max(1e-12 * unit, std::sqrt(e.away2));
     return std::log(stats::missable(e, promise_)) + static_cast<double>(reader_->reference(g)) -
            static_cast<double>(tables_.offset[at(g)]) - std::log(unit + std::min(away, unit * unit / away)) -
            rounding(g) - this->rise(g, static_cast<double>(reader_->reference(g)) + std::log(e.denominator));
@@ -136,7 +137,7 @@ class index_thresholds : protected index_cells<Head> {
   };
   [[nodiscard]] coverage covers(index_t g, const stats::evidence& e) const noexcept {
     const double floor = floor_threshold(g, e);
-    const double away = away_share * std::sqrt(e.away2) / static_cast<double>(codes_.units().reach);
+    const double away = away_share * std::sqrt(e.away2) / static_cast<double>(this->reach_unit());
     return {floor, away, wanted_.floor[at(g)] <= floor + floor_slack && away <= wanted_.away};
   }
   // Thresholds of the next look, for a head that is not verified.

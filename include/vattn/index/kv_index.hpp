@@ -9,6 +9,7 @@
 #include <string_view>
 #include <vector>
 
+#include "vattn/base/floating_point.hpp"
 #include "vattn/base/status.hpp"
 #include "vattn/index/cell_codes.hpp"
 #include "vattn/index/index_bits.hpp"
@@ -91,6 +92,7 @@ class kv_index {
   [[nodiscard]] status build(const KV& cache, const tensor_view<const Q, 4>& queries, float scale,
                              index_t b = 0) noexcept {
     if (status s = check(cache, b); !s) return s;
+    const kernel::floating_point_scope standard;
     if (queries && (queries.extents[0] != cache.n_batch() || queries.extents[3] != cache.dk() ||
                     queries.extents[2] % cache.n_kv_heads() != 0 || !(std::abs(scale) < 1e30f))) {
       return status::error(
@@ -100,6 +102,7 @@ class kv_index {
           ll(queries.extents[0]), ll(queries.extents[1]), ll(queries.extents[2]), ll(queries.extents[3]),
           static_cast<double>(scale));
     }
+    if (status s = detail::check_elements("queries", queries); !s) return s;
     const index_t n = cache.head(b, 0).size();
     if (shape_.bits == 0) {
       const int chosen = choose_bits(cache, queries, scale, b);
@@ -131,6 +134,7 @@ class kv_index {
                            ll(first), ll(last), ll(cache.head(b, 0).size()));
     }
     if (last > size() && !grow(last)) return no_memory(last);
+    const kernel::floating_point_scope standard;
     for (index_t h = 0; h < shape_.n_kv_heads; ++h) {
       const auto head = cache.head(b, h);
       for (index_t cell = first; cell < last; ++cell) write(h, cell, head.key(cell), head.value(cell));
@@ -144,7 +148,17 @@ class kv_index {
     if (status s = validate(); !s) return s;
     if (cell < 0 || cell >= (index_t{1} << 31))
       return status::error(errc::invalid_argument, "cell %lld: give one of 0 to 2^31 - 1", ll(cell));
+    if constexpr (requires { key(cell).size(), value(cell).size(); }) {  // rows of a user's own may not say
+      for (index_t h = 0; h < shape_.n_kv_heads; ++h) {
+        const auto dk = static_cast<index_t>(key(h).size()), dv = static_cast<index_t>(value(h).size());
+        if (dk == shape_.dk && dv == shape_.dv) continue;
+        return status::error(errc::invalid_argument,
+                             "a key of %lld and a value of %lld elements, the index is of %lld and %lld", ll(dk),
+                             ll(dv), ll(shape_.dk), ll(shape_.dv));
+      }
+    }
     if (cell >= size() && !grow(cell + 1)) return no_memory(cell + 1);
+    const kernel::floating_point_scope standard;
     for (index_t h = 0; h < shape_.n_kv_heads; ++h) write(h, cell, key(h), value(h));
     return {};
   }
@@ -301,12 +315,12 @@ class kv_index {
   // Means of keys and values, and units, from cells spread over all. What is not finite is left out.
   template <kv_head Head>
   void measure(const Head& head, index_t h) noexcept {
-    using kernel::axpy, kernel::load, kernel::squared_distance, kernel::squared_norm;
+    using kernel::axpy, kernel::load;
     cell_codes& codes = heads_[static_cast<std::size_t>(h)];
     const index_t n = head.size(), count = std::min(n, sample);
     const auto cell = [&](index_t i) { return i * n / count; };
     const auto usable = [&](index_t c) {
-      return squared_norm(head.key(c)) < 1e30f && squared_norm(head.value(c)) < 1e30f;
+      return kernel::norm_of(head.key(c)) < 1e30f && kernel::norm_of(head.value(c)) < 1e30f;
     };
     float* centre = centres_.data() + h * shape_.dv;
     std::fill_n(centre, shape_.dv, 0.0f);
@@ -330,20 +344,21 @@ class kv_index {
       const cell_codes::measured m = codes.measure(key_);
       units.scale = std::max(units.scale, m.scale);
       units.radius = std::max(units.radius, m.radius);
-      distance += std::sqrt(static_cast<double>(squared_distance(head.value(cell(i)), centre)));
+      distance += static_cast<double>(kernel::distance_of(head.value(cell(i)), centre));
     }
     // Room for keys that come later.
     units.scale *= 2, units.radius *= 2;
     units.reach = static_cast<float>(distance * static_cast<double>(share));
+    // Where all values are equal, any length of their size.
+    for (index_t j = 0; !(distance > 0) && j < shape_.dv; ++j) units.reach = std::max(units.reach, std::abs(centre[j]));
     codes.measure_from(mean_, units);
   }
 
   template <kernel::row K, kernel::row V>
   void write(index_t h, index_t cell, const K& key, const V& value) noexcept {
-    using kernel::load, kernel::squared_distance;
+    using kernel::load;
     load(key, key_.data());
-    static_cast<void>(heads_[static_cast<std::size_t>(h)].set(
-        cell, key_, std::sqrt(static_cast<float>(squared_distance(value, value_centre(h))))));
+    static_cast<void>(heads_[static_cast<std::size_t>(h)].set(cell, key_, kernel::distance_of(value, value_centre(h))));
   }
 
   index_shape shape_{};

@@ -183,7 +183,10 @@ class placed_kv {
                            ll(K::width), ll(V::width), ll(dk_), ll(dv_));
     }
     if (status s = places_.validate(); !s) return s;
-    if (status s = detail::check_norms(norms_, norm_room_, places_.page_size()); !s) return s;
+    if (status s = detail::check_norms(norms_, norm_room_, places_.page_size(),
+                                       saturated_product(places_.n_pages(), n_kv_heads_));
+        !s)
+      return s;
     index_t longest = 0;
     for (index_t b = 0; b < n_batch(); ++b) longest = std::max<index_t>(longest, places_.length(b));
     if (longest == 0) return {};  // no row is ever read

@@ -95,11 +95,16 @@ struct row_norms {
 };
 
 namespace detail {
-/// `room`: floats from one KV head to the next, 0 = dense; `tokens`: those that a head needs.
-[[nodiscard]] inline status check_norms(const row_norms& norms, index_t room, index_t tokens) noexcept {
+/// `room`: floats from one KV head to the next, 0 = dense; `tokens`: those that a head needs, of `heads` in all.
+[[nodiscard]] inline status check_norms(const row_norms& norms, index_t room, index_t tokens, index_t heads) noexcept {
   if (room != 0 && room < tokens) {
     return status::error(errc::invalid_argument, "norms have room for %lld cells a head, but there are %lld",
                          static_cast<long long>(room), static_cast<long long>(tokens));
+  }
+  if (saturated_product(heads, std::max(room, tokens)) >= widest_buffer / 4) {
+    return status::error(errc::invalid_argument,
+                         "norms of %lld heads with room for %lld cells each reach over more than 2^60 bytes",
+                         static_cast<long long>(heads), static_cast<long long>(std::max(room, tokens)));
   }
   if (status s = check_aligned("norms.keys", norms.keys, alignof(float)); !s) return s;
   if (status s = check_aligned("norms.values", norms.values, alignof(float)); !s) return s;
@@ -210,7 +215,10 @@ class kv_view {
       return status::error(errc::invalid_argument, "%s is null but the cache has %lld tokens: pass its first row",
                            k_ == nullptr ? "K" : "V", ll(s.n_tokens));
     }
-    if (status st = detail::check_norms(norms_, norms_.per_head, s.n_tokens); !st) return st;
+    if (status st =
+            detail::check_norms(norms_, norms_.per_head, s.n_tokens, saturated_product(s.n_batch, s.n_kv_heads));
+        !st)
+      return st;
     if (status st = check_strides("K", k_, k_strides_, s.dk, sizeof(TK), alignof(TK)); !st) return st;
     return check_strides("V", v_, v_strides_, s.dv, sizeof(TV), alignof(TV));
   }

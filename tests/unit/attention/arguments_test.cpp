@@ -278,6 +278,11 @@ TEST_CASE("strides that are no multiple of an element, and reaches that no memor
   c.why();
   c.cache = vattn::token_major_kv(c.p.k.data(), c.p.v.data(), {2, index_t{1} << 40, index_t{1} << 30, 8, 6});
   c.why();
+  const std::vector<float> norms(1000);
+  for (const index_t room : {index_t{1} << 60, std::numeric_limits<index_t>::max()}) {
+    c.cache = c.p.cache().with_norms({.values = norms.data(), .per_head = room});
+    CHECK(contains(c.why(), "norms of 4 heads with room for "));
+  }
   c.cache = c.p.cache();
   const std::vector<float> mask(1);
   c.options.mask = vattn::mask_view(tensor_view<const float, 4>(mask.data(), {2, 4, 3, 50}, {0, 0, 0, 6}));

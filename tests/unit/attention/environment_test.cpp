@@ -235,6 +235,26 @@ TEST_CASE("environment: policies, indices and stores") {
   });
 }
 
+TEMPLATE_TEST_CASE("environment: codes beside rows of subnormal elements", "", float, Eigen::half, Eigen::bfloat16) {
+  const index_t n = 300, d = 32;
+  const auto rows = subnormals<TestType>(static_cast<std::size_t>(2 * n * d), 60);
+  const auto cache = contiguous_kv(rows.data(), rows.data() + n * d, {.n_tokens = n, .dk = d, .dv = d});
+  check_same_bits([&] {
+    kv_index index({.dk = d, .dv = d, .bits = 2});
+    REQUIRE(index.build(cache).ok());
+    CHECK(index.codes(0).codes() == n);
+    REQUIRE(index.update(cache, 7, 9).ok());
+    const auto head = cache.head(0, 0);
+    REQUIRE(index
+                .set(
+                    5, [&](index_t) { return head.key(6); }, [&](index_t) { return head.value(6); })
+                .ok());
+    bytes out;
+    put(out, save(index));
+    return out;
+  });
+}
+
 TEST_CASE("environment: decode from a store, and its codes") {
   const index_t n = long_enough(4), d = 32;
   const problem<> p({.heads = 4, .kv_heads = 1, .n = n, .dk = d, .dv = d}, 11);

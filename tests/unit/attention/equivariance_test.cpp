@@ -315,6 +315,26 @@ TEST_CASE("equivariance: from a store") {
   check(problem_of<Eigen::bfloat16>(n, true, 4, 1), settings(true), few_scales);
 }
 
+TEST_CASE("equivariance: by an index beside the cache") {
+  const auto check = [](const auto& p, const config& c, const std::vector<scales>& at, int bits) {
+    check_equivariance(
+        p, c,
+        [&](const auto& q) {
+          std::vector<kv_index> index;
+          index.emplace_back(index_shape{.n_kv_heads = 1, .dk = 48, .dv = 48, .bits = bits});
+          REQUIRE(index[0].build(q.cache()).ok());
+          return attend_with<index_policy>(q, q.cache(), c, {.sequences = index});
+        },
+        at);
+  };
+  const index_t n = long_enough(4);
+  check(problem_of(n, true, 4, 1), settings(true), all_scales, 2);
+  check(problem_of(n, false, 4, 1), settings(false, 0.2), few_scales, 4);
+  check(problem_of<Eigen::bfloat16>(n, true, 4, 1), settings(true), few_scales, 1);
+  // How many bits there are is asked of the keys: of the values' scale it does not depend.
+  check(problem_of(n, true, 4, 1), settings(true), {{-100, 0}, {-13, 0}, {14, 0}, {60, 0}}, 0);
+}
+
 TEST_CASE("equivariance: a store of rows in one piece, and its norms") {
   const auto p = problem_of(long_enough_to_sample, true);
   const config c = settings(true);

@@ -159,6 +159,35 @@ TEST_CASE("what a call carries is served by the index: cap, sinks, masks, ALiBi,
   });
 }
 
+TEST_CASE("a mask that is no number is told, wherever it is", "[index]") {
+  problem<float> p(long_shape(9000), 4u, 1.0f);
+  const std::vector<kv_index> index = index_of(p.cache());
+  results r(p.s);
+  workspace memory;
+  for (const float odd : {not_a_number, infinity}) {
+    for (const std::size_t at : {std::size_t{0}, std::size_t{4321}, std::size_t{4 * 9000 - 1}}) {
+      std::vector<float> mask(static_cast<std::size_t>(p.s.heads * p.s.n));
+      mask[at] = odd;
+      p.set_mask(mask);
+      const status s = vattention<index_policy>(settings(), {index})(p.query(), p.cache(), p.options, r.view(), memory);
+      CHECK(s.code() == errc::non_finite);
+    }
+  }
+}
+
+TEST_CASE("sinks and window of any length take the memory of the tokens that there are", "[index]") {
+  problem<float> p(long_shape(9000));
+  const std::vector<kv_index> index = index_of(p.cache());
+  config c = settings();
+  c.sinks = c.window = (index_t{1} << 31) - 1;
+  const vattention<index_policy> attend(c, {index});
+  CHECK(attend.workspace_bytes(9000, p.s.dk, p.s.dv) < 10'000'000);
+  results r(p.s);
+  workspace memory;
+  REQUIRE(attend(p.query(), p.cache(), p.options, r.view(), memory).ok());
+  CHECK(r.certificates[0].exact());
+}
+
 TEST_CASE("a token that a mask alone makes heavy is not missed", "[index]") {
   problem<float> p(long_shape(), 6u, 1.0f);
   std::vector<float> mask(static_cast<std::size_t>(p.s.heads * p.s.n));
@@ -340,5 +369,7 @@ TEST_CASE("mistakes with indices are said", "[index]") {
   const std::vector<kv_index> index = index_of(p.cache());
   std::vector<index_memory> two(2);
   CHECK_FALSE(call(index, two).ok());
+  CHECK_FALSE(
+      vattention<index_policy>({}, {index, {}, {.key = -1}})(p.query(), p.cache(), p.options, r.view(), memory));
   CHECK(call(index).ok());
 }

@@ -74,6 +74,13 @@ TEST_CASE("what is wrong with an index is said before anything is changed", "[in
                       -1, [&](index_t) { return p.cache().head(0, 0).key(0); },
                       [&](index_t) { return p.cache().head(0, 0).value(0); })
                   .ok());
+  std::vector<float> long_row(1000);
+  for (const std::size_t size : {std::size_t{15}, long_row.size()}) {  // is not read or written past its end
+    const auto row = [&](index_t) { return std::span<const float>(long_row).first(size); };
+    const auto right = [&](index_t) { return std::span<const float>(long_row).first(16); };
+    CHECK_FALSE(index.set(0, row, right).ok());
+    CHECK_FALSE(index.set(0, right, row).ok());
+  }
   CHECK(index.size() == 0);
   CHECK(index.build(p.cache()).ok());
   std::vector<std::byte> bytes = save(index);
@@ -106,4 +113,8 @@ TEST_CASE("bits are those that the queries at hand want, or what the user says",
   const tensor_view<const float, 4> wrong(p.q.data(), {1, 2, 3, 64});  // 3 heads for 2
   CHECK_FALSE(index.build(p.cache(), wrong, 0.1f).ok());
   CHECK_FALSE(index.build(p.cache(), p.query(), vattn::test::infinity).ok());
+  const auto* between = reinterpret_cast<const float*>(reinterpret_cast<const std::byte*>(p.q.data()) + 2);
+  problem<float> q({.queries = 1, .heads = 2, .kv_heads = 2, .n = 5000, .dk = 64, .dv = 32});
+  CHECK_FALSE(index.build(q.cache(), tensor_view<const float, 4>(between, {1, 1, 2, 64}), 0.1f).ok());
+  CHECK_FALSE(index.build(q.cache(), tensor_view<const float, 4>(q.q.data(), {1, 1, 2, 64}, {4, 4, 4, 2}), 0.1f).ok());
 }
