@@ -4,6 +4,7 @@
 // `cpu_ms` is the slowest rank's processor time outside exchanges: what a machine shared with others says of the work.
 //   roofline_shards --ranks 1 --threads 2 --n 1048576          (the whole in one process; mode `index`: not split at
 //   all)
+// `warm` and `index_warm` begin where their last step ended; each step asks for the same query.
 
 #include <CLI/CLI.hpp>
 #include <chrono>
@@ -95,10 +96,13 @@ void measure(const settings& o, const std::string& regime, index_t n, dist::comm
   const attention_options options = cache.options();
   const dist::sharded_attention<> attend(c, index, dist::split::round_robin);
   const vattention<index_policy> alone(c, {index});
+  std::vector<index_memory> of_shard(static_cast<std::size_t>(o.kv_heads)), of_whole(of_shard.size());
+  const dist::sharded_attention<> again(c, index, dist::split::round_robin, of_shard);
+  const vattention<index_policy> alone_again(c, {index, of_whole});
   workspace memory;
   const bool thread = o.ranks > 1;  // then they share a process, and have a thread each
   timed_communicator exchange{comm, thread};
-  dist::traffic cost;
+  dist::traffic cost, cost_again;
   const auto run_dense = [&](std::uint32_t) {
     const status local = exact_attention(cache.query(), shard, options, to, memory, pool);
     require(dist::merge_outputs(to.output, to.log_sum_exp, memory, exchange, local));
@@ -106,8 +110,14 @@ void measure(const settings& o, const std::string& regime, index_t n, dist::comm
   const auto run_shards = [&](std::uint32_t step) {
     require(attend(cache.query(), shard, options, to, memory, exchange, {.step = step}, pool, &cost));
   };
+  const auto run_again = [&](std::uint32_t step) {
+    require(again(cache.query(), shard, options, to, memory, exchange, {.step = step}, pool, &cost_again));
+  };
   const auto run_alone = [&](std::uint32_t step) {
     require(alone(cache.query(), shard, options, to, memory, {.step = step}, pool));
+  };
+  const auto run_alone_again = [&](std::uint32_t step) {
+    require(alone_again(cache.query(), shard, options, to, memory, {.step = step}, pool));
   };
 
   struct mode {
@@ -116,8 +126,8 @@ void measure(const settings& o, const std::string& regime, index_t n, dist::comm
     std::vector<double> ms{}, cpu{}, us{}, errors{};
     double density = 0;
   };
-  std::vector<mode> modes{{"dense", run_dense}, {"shards", run_shards}};
-  if (comm.size() == 1) modes.push_back({"index", run_alone});
+  std::vector<mode> modes{{"dense", run_dense}, {"shards", run_shards}, {"warm", run_again}};
+  if (comm.size() == 1) modes.push_back({"index", run_alone}), modes.push_back({"index_warm", run_alone_again});
   for (int repeat = -1; repeat < o.repeats; ++repeat) {  // the first warms up
     for (mode& m : modes) {
       examples::barrier(comm);
@@ -145,15 +155,16 @@ void measure(const settings& o, const std::string& regime, index_t n, dist::comm
   if (comm.rank() != 0) return;
   for (mode& m : modes) {
     row r{.mode = m.name, .regime = regime, .n = n, .ranks = comm.size(), .threads = o.threads};
-    const bool first = &m == &modes[0], split = &m == &modes[1];
+    const bool first = &m == &modes[0], split = &m == &modes[1] || &m == &modes[2];
+    const dist::traffic& sent = &m == &modes[1] ? cost : cost_again;
     r.ms = quantile(m.ms, 0.5), r.ms_min = quantile(m.ms, 0), r.exchange_us = quantile(m.us, 0.5);
     r.cpu_ms = quantile(m.cpu, 0.5);
     r.speedup = quantile(modes[0].ms, 0.5) / r.ms;
     r.density = first ? 1 : m.density, r.error_p90 = quantile(m.errors, 0.9);
     r.draws = static_cast<index_t>(m.errors.size());
     r.failures = std::count_if(m.errors.begin(), m.errors.end(), [&](double e) { return e > o.epsilon; });
-    r.exchanges = split ? cost.exchanges : first ? 2 : 0;
-    r.bytes_sent = split   ? cost.bytes_sent
+    r.exchanges = split ? sent.exchanges : first ? 2 : 0;
+    r.bytes_sent = split   ? sent.bytes_sent
                    : first ? static_cast<std::size_t>(o.heads * (o.dim + 1)) * sizeof(float)
                            : 0;
     table.push_back(r);
@@ -170,11 +181,11 @@ void run(settings& o, int& argc, char**& argv) {
     }
   });
   if (!first) return;
-  std::printf("%-7s %-8s %9s %5s %2s %9s %9s %8s %11s %7s %8s %10s %9s %s\n", "mode", "regime", "n", "ranks", "t", "ms",
-              "ms_min", "cpu_ms", "exchange_us", "speedup", "density", "bytes_sent", "error_p90", "failures");
+  std::printf("%-10s %-8s %9s %5s %2s %9s %9s %8s %11s %7s %8s %10s %9s %s\n", "mode", "regime", "n", "ranks", "t",
+              "ms", "ms_min", "cpu_ms", "exchange_us", "speedup", "density", "bytes_sent", "error_p90", "failures");
   nlohmann::ordered_json rows = nlohmann::ordered_json::array();
   for (const row& r : table) {
-    std::printf("%-7s %-8s %9lld %5lld %2lld %9.3f %9.3f %8.2f %11.1f %7.2f %8.4f %10zu %9.2e %lld/%lld\n",
+    std::printf("%-10s %-8s %9lld %5lld %2lld %9.3f %9.3f %8.2f %11.1f %7.2f %8.4f %10zu %9.2e %lld/%lld\n",
                 r.mode.c_str(), r.regime.c_str(), static_cast<long long>(r.n), static_cast<long long>(r.ranks),
                 static_cast<long long>(r.threads), r.ms, r.ms_min, r.cpu_ms, r.exchange_us, r.speedup, r.density,
                 r.bytes_sent, r.error_p90, static_cast<long long>(r.failures), static_cast<long long>(r.draws));

@@ -1,6 +1,7 @@
 // A cache over several ranks: the whole's attention whichever way it is split, the same bits everywhere, and calls that
 // fail everywhere or nowhere.
 #include <cmath>
+#include <random>
 #include <stdexcept>
 
 #include "support/catch.hpp"
@@ -61,15 +62,20 @@ struct split_problem {
       }
       if (how == dist::split::by_position) o.positions = s.places(comm.rank());
       const dist::sharded_attention<> f(
-          c, indices.empty() ? std::span<const kv_index>() : std::span<const kv_index>(indices[r]), how);
+          c, indices.empty() ? std::span<const kv_index>() : std::span<const kv_index>(indices[r]), how,
+          remembered.empty() ? std::span<index_memory>() : std::span<index_memory>(remembered[r]));
       workspace memory;
-      return f(p.query(), s.view(comm.rank()), o, to[r].view(), memory, comm, key, serial_executor{}, &costs[r]);
+      attention_result result = to[r].view();
+      if (!decisions.empty()) result.decisions = decisions[r];
+      return f(p.query(), s.view(comm.rank()), o, result, memory, comm, key, serial_executor{}, &costs[r]);
     });
   }
   const problem<T>& p;
   shards<T> s;
   dist::split how;
   std::vector<std::vector<kv_index>> indices;
+  std::vector<std::vector<index_memory>> remembered;
+  std::vector<decision_result> decisions;
   std::vector<dist::traffic> costs;
 };
 
@@ -327,6 +333,137 @@ TEST_CASE("a rank that reads all its rows and others that sample are one sample"
     }
     CHECK(sampled > 20);
     CHECK(failures <= 3);
+  }
+}
+
+TEST_CASE("shards that remember their last step spare a look, and never the promise, whatever they remember",
+          "[dist]") {
+  const index_t n = 18000;
+  problem<float> p(shape{.heads = 4, .kv_heads = 1, .n = n, .dk = 32, .dv = 32}, 12u, 2.0f);
+  const way w{"", dist::split::blocks, [](index_t i) { return i < 7000 ? 0 : 1; }};
+  split_problem<float> split(p, 2, w, true);
+  split.remembered.assign(2, std::vector<index_memory>(1));
+  results exact(p.s);
+  workspace memory;
+  std::mt19937 random(3);
+  std::normal_distribution<float> normal;
+  index_t failures = 0, draws = 0, sampled = 0, spared = 0, steps = 0;
+  for (std::uint32_t step = 0; step < 40; ++step) {
+    const bool same_query = step % 4 != 0, garbage = step >= 24 && step % 2 == 1;
+    if (!same_query) {
+      for (float& x : p.q) x = normal(random);
+    }
+    if (garbage) {
+      index_memory& m = split.remembered[step / 2 % 2][0];
+      switch (step / 2 % 6) {
+        case 0:
+          for (double& a : m.thresholds.plain) a += 20.0 * static_cast<double>(normal(random));
+          break;
+        case 1:
+          for (auto& e : m.estimates) e.output2 *= 1e6, e.denominator *= 1e-6, e.reference = 1e5;
+          break;
+        case 2:
+          m = {};
+          break;
+        case 3:
+          for (double& x : m.log_sum) x = 1e300;
+          break;
+        case 4:
+          for (double& x : m.share) x = -7;
+          for (double& x : m.part) x = 1e-300;
+          for (auto& e : m.estimates) e.reference = not_a_number;
+          break;
+        default:
+          m.rest = 3;
+          break;
+      }
+    }
+    REQUIRE(exact_attention(p.query(), p.cache(), p.options, exact.view(), memory).ok());
+    std::vector<results> r;
+    require_ok(split.attend(few_fixed(), r, {.seed = 8, .step = step}));
+    REQUIRE(same(r[0], r[1]));
+    if (same_query && step < 24) ++steps, spared += split.costs[0].exchanges == 3;
+    for (std::size_t h = 0; h < 4; ++h) {
+      const std::vector<double> want(exact.row(h), exact.row(h) + p.s.dv);
+      failures += reference::relative_error(r[0].row(h), want) > 0.1;
+      ++draws, sampled += !r[0].certificates[h].exact();
+    }
+  }
+  CAPTURE(failures, draws, sampled, spared, steps);
+  CHECK(10 * failures <= draws);  // δ = 0.02
+  CHECK(4 * sampled > 3 * draws);
+  CHECK(2 * spared > steps);  // the first two exchanges and one look: no first look, nor another
+}
+
+TEST_CASE("memory of shards is used by all ranks or none, by one query, and has a place for each KV head", "[dist]") {
+  const index_t n = 16000;
+  const problem<float> p(shape{.heads = 4, .kv_heads = 1, .n = n, .dk = 32, .dv = 32}, 5u, 2.0f);
+  const way w{"", dist::split::round_robin, [](index_t i) { return static_cast<int>(i % 2); }};
+  split_problem<float> split(p, 2, w, true);
+  std::vector<results> cold, r;
+  require_ok(split.attend(few_fixed(), cold, {.step = 1}));
+  const index_t exchanges = split.costs[0].exchanges;
+  split.remembered.assign(2, std::vector<index_memory>(1));
+  require_ok(split.attend(few_fixed(), r, {.step = 1}));
+  CHECK(same(r[0], cold[0]));  // nothing was remembered
+  CHECK(split.costs[0].exchanges == exchanges);
+  REQUIRE(split.remembered[0][0].heads == 4);
+  CHECK(std::abs(split.remembered[0][0].share[0] + split.remembered[1][0].share[0] - 1) < 1e-9);
+  CHECK(std::abs(split.remembered[0][0].part[0] + split.remembered[1][0].part[0] - 1) < 1e-9);
+  split.remembered[1][0] = {};
+  require_ok(split.attend(few_fixed(), r, {.step = 1}));
+  CHECK(same(r[0], cold[0]));
+  CHECK(same(r[1], cold[0]));
+  split.remembered[1].resize(2);
+  CHECK(failure(split.attend(few_fixed(), r), r).find("rank 1: memory of 2 KV heads for 1 sequences of 1") == 0);
+}
+
+TEST_CASE("decisions of shards are each rank's own rows, whose softmaxes merge into the output", "[dist]") {
+  const index_t n = 14000, heads = 4, d = 32;
+  for (const bool indexed : {true, false}) {
+    problem<float> p(shape{.heads = heads, .kv_heads = 1, .n = n, .dk = d, .dv = d}, 6u, 2.0f);
+    p.set_sinks({0.5f, -1, 2, 0});
+    // The last rank has a few rows, which it reads all.
+    const way w{"", dist::split::blocks, [](index_t i) { return i < 6000 ? 0 : i < 13500 ? 1 : 2; }};
+    split_problem<float> split(p, 3, w, indexed);
+    const auto room = static_cast<std::size_t>(heads * n);
+    std::vector<std::vector<std::int32_t>> tokens(3, std::vector<std::int32_t>(room)),
+        counts(3, std::vector<std::int32_t>(static_cast<std::size_t>(heads), -1));
+    std::vector<std::vector<float>> weights(3, std::vector<float>(room));
+    for (std::size_t r = 0; r < 3; ++r) {
+      split.decisions.push_back({{tokens[r].data(), {1, 1, heads, n}},
+                                 {weights[r].data(), {1, 1, heads, n}},
+                                 {counts[r].data(), {1, 1, heads}}});
+    }
+    std::vector<results> r;
+    require_ok(split.attend(few_fixed(), r, {.step = 4}));
+    for (index_t h = 0; h < heads; ++h) {
+      const auto at = static_cast<std::size_t>(h);
+      double sum = std::exp(double{p.options.sink_logits[h]});
+      index_t rows = 0;
+      std::vector<double> o(static_cast<std::size_t>(d), 0.0);
+      for (std::size_t rank = 0; rank < 3; ++rank) {
+        const auto head = split.s.view(static_cast<int>(rank)).head(0, 0);
+        rows += counts[rank][at];
+        for (std::int32_t i = 0; i < counts[rank][at]; ++i) {
+          const std::size_t place = at * static_cast<std::size_t>(n) + static_cast<std::size_t>(i);
+          const index_t cell = tokens[rank][place];
+          double logit = 0;
+          for (index_t j = 0; j < d; ++j)
+            logit +=
+                double{p.q[static_cast<std::size_t>(h * d + j)]} * double{head.key(cell)[static_cast<std::size_t>(j)]};
+          const double x = double{weights[rank][place]} * std::exp(logit * double{p.options.scale});
+          sum += x;
+          for (std::size_t j = 0; j < o.size(); ++j) o[j] += x * double{head.value(cell)[j]};
+        }
+      }
+      for (double& x : o) x /= sum;
+      CHECK(r[0].certificates[at].exact() == !indexed);
+      CHECK((indexed ? 2 * rows < n : rows == n));
+      CHECK(counts[2][at] == 500);
+      CHECK(reference::relative_error(r[0].row(at), o) < 1e-4);
+      CHECK(std::abs(std::log(sum) - double{r[0].log_sum_exp[at]}) < 1e-4);
+    }
   }
 }
 

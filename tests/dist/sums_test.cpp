@@ -17,8 +17,10 @@ TEST_CASE("shares of the variance add up, and give the slowest rank the rows tha
     std::vector<double> all;
     for (std::size_t r = 0; r < ranks.size(); ++r) {
       std::array<double, max_group> to;
-      dist::share_variance(ranks, goals, 1, 0.1, 3, r, to);
+      to.fill(0.25);
+      dist::share_variance(ranks, goals, 2, 0.1, 3, r, to);
       all.push_back(to[0]);
+      CHECK(to[1] == 0.25);  // of a head that asks for nothing
     }
     return all;
   };
@@ -116,7 +118,8 @@ TEST_CASE("sums of block kernels are those of the statistics room, to what the w
     std::vector<float> got_vectors(static_cast<std::size_t>(stats::sample_sums::storage(dv, f.groups))),
         want_vectors(got_vectors.size());
     stats::sample_sums got{{}, got_vectors.data(), dv, f.groups}, want{{}, want_vectors.data(), dv, f.groups};
-    const dist::look_scalars more = dist::read_sums(f, wire.data(), h, got);
+    got.clear();
+    const double reached = dist::add_sums(f, wire.data(), h, got).more().reach;
     want.raise(got.s.reference);
     double reach = 0;
     index_t sampled = 0;
@@ -148,7 +151,7 @@ TEST_CASE("sums of block kernels are those of the statistics room, to what the w
     CHECK(near(got.s.f4, want.s.f4, 1e-4));
     CHECK(near(got.s.third0, want.s.third0, 1e-4));
     CHECK(near(got.s.third2, want.s.third2, 1e-4));
-    CHECK(near(more.reach, reach, 1e-4));
+    CHECK(near(reached, reach, 1e-4));
     for (int g = 0; g < f.groups; ++g)
       CHECK(std::abs(got.s.signed_x[g] - want.s.signed_x[g]) < 1e-4 * std::sqrt(want.s.square));
     for (int i = 0; i < 3 + f.groups; ++i) {
@@ -161,4 +164,48 @@ TEST_CASE("sums of block kernels are those of the statistics room, to what the w
       CHECK(std::sqrt(off) <= (i == 0 ? 3e-6 : 2e-4) * std::sqrt(all) + 1e-12);
     }
   }
+
+  // Two messages add up as the statistics room merges sums, and are judged as it judges them.
+  const index_t h = 1;
+  std::vector<float> twice_vectors(static_cast<std::size_t>(stats::sample_sums::storage(dv, f.groups))),
+      once_vectors(twice_vectors), want_vectors(twice_vectors);
+  stats::sample_sums twice{{}, twice_vectors.data(), dv, f.groups}, once{{}, once_vectors.data(), dv, f.groups},
+      want{{}, want_vectors.data(), dv, f.groups};
+  for (stats::sample_sums* one : {&twice, &once, &want}) one->clear();
+  std::vector<std::byte> lower(wire);
+  const double below = dist::read_scalars(f, wire.data(), h).reference() - 1.5;
+  std::memcpy(lower.data() + f.offset(h), &below, sizeof below);
+  dist::add_sums(f, lower.data(), h, once);
+  want.merge(once);
+  once.clear();
+  dist::add_sums(f, wire.data(), h, once);
+  want.merge(once);
+  dist::add_sums(f, lower.data(), h, twice);
+  dist::add_sums(f, wire.data(), h, twice);
+  CHECK(twice.s.reference == want.s.reference);
+  CHECK(std::abs(twice.s.f4 - want.s.f4) <= 1e-12 * want.s.f4);
+  for (std::size_t j = 0; j < twice_vectors.size(); ++j)
+    REQUIRE(std::abs(twice_vectors[j] - want_vectors[j]) <= 1e-5f * std::abs(want_vectors[j]) + 1e-6f);
+  for (const double sink : {-stats::infinity, twice.s.reference + 3}) {
+    std::vector<float> o(static_cast<std::size_t>(dv)), u(o), o2(o), u2(o);
+    const stats::evidence got = dist::estimate_merged(twice, centre.data(), sink, o.data(), u.data());
+    const stats::evidence all = stats::estimate(want, nullptr, {}, centre.data(), sink, o2.data(), u2.data());
+    for (std::size_t j = 0; j < o.size(); ++j) CHECK(std::abs(o[j] - o2[j]) < 1e-5f);
+    const auto near = [](double x, double y) { return std::abs(x - y) <= 1e-4 * std::abs(y); };
+    CHECK(near(got.denominator, all.denominator));
+    CHECK(near(got.power, all.power));
+    CHECK(near(got.variance, all.variance));
+    CHECK(near(got.dimension, all.dimension));
+    CHECK(near(got.dof, all.dof));
+    CHECK(near(got.skew, all.skew));
+    CHECK(got.dimension > 1);
+    CHECK(got.skew > 0);
+  }
+
+  // What overflowed is not judged.
+  sums.vector(2, h)[3] = std::numeric_limits<float>::infinity();
+  sums.write(f, {.samples = 1}, wire);
+  dist::add_sums(f, wire.data(), h, twice);
+  std::vector<float> o(static_cast<std::size_t>(dv)), u(o);
+  CHECK_FALSE(dist::estimate_merged(twice, centre.data(), -stats::infinity, o.data(), u.data()).finite());
 }

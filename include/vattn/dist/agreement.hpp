@@ -8,8 +8,10 @@
 #include <cstring>
 #include <span>
 
+#include "vattn/base/philox.hpp"
 #include "vattn/dist/communicator.hpp"
 #include "vattn/kv/query.hpp"
+#include "vattn/settings.hpp"
 
 namespace vattn::VATTN_ABI::dist {
 
@@ -93,6 +95,61 @@ struct terms {
     }
   }
 };
+
+/// The terms of a call of `sharded_attention`.
+template <class Q>
+[[nodiscard]] terms terms_of_call(const config& settings, const tensor_view<const Q, 4>& q, index_t n_kv_heads,
+                                  index_t dv, split how, const attention_options& options,
+                                  const draw_key& key) noexcept {
+  terms t;
+  digest& s = t.of[terms::settings];
+  for (const double x : {settings.epsilon, settings.delta, settings.max_density}) s.add(x);
+  for (const index_t x : {settings.sinks, settings.window, settings.max_rounds, index_t{settings.joint},
+                          static_cast<index_t>(settings.scale)})
+    s.add(static_cast<std::uint64_t>(x));
+  digest& shape = t.of[terms::shapes];
+  shape.add_bytes(q.extents.data(), 4);
+  for (const index_t x : {n_kv_heads, dv, static_cast<index_t>(how)}) shape.add(static_cast<std::uint64_t>(x));
+  digest& o = t.of[terms::options];
+  o.add(double{options.scale}), o.add(double{options.softcap});
+  o.add(std::uint64_t{options.causal}), o.add(static_cast<std::uint64_t>(options.sliding_window));
+  o.add(std::uint64_t{static_cast<bool>(options.mask)});
+  for (const float* p : {options.sink_logits, options.alibi_slopes}) {
+    o.add(std::uint64_t{p != nullptr});
+    if (p) o.add_bytes(p, q.extents[2]);
+  }
+  const auto& at = options.positions.queries;
+  for (index_t b = 0; at && b < q.extents[0]; ++b) {
+    for (index_t i = 0; i < q.extents[1]; ++i) o.add(static_cast<std::uint64_t>(at(b, i)));
+  }
+  for (const std::uint64_t x :
+       {key.seed, std::uint64_t{key.layer}, std::uint64_t{key.step}, std::uint64_t{key.first_head}})
+    t.of[terms::key].add(x);
+  for (const sequence_key& k : key.sequences) t.of[terms::key].add(k.seed), t.of[terms::key].add(std::uint64_t{k.step});
+  for (index_t b = 0; b < q.extents[0]; ++b) {
+    for (index_t i = 0; i < q.extents[1]; ++i) {
+      for (index_t h = 0; h < q.extents[2]; ++h) t.of[terms::query].add_bytes(&q(b, i, h, 0), q.extents[3]);
+    }
+  }
+  t.add_arithmetic();
+  return t;
+}
+
+/// What a split and a call's options must be to each other.
+[[nodiscard]] inline status check_split(split how, const attention_options& options, int ranks) noexcept {
+  const bool placed = how == split::by_position;
+  if (placed != static_cast<bool>(options.positions)) {
+    return status::error(errc::invalid_argument,
+                         placed ? "split::by_position without options.positions: give the position of each cell, and "
+                                  "of each query"
+                                : "options.positions with another split: say split::by_position");
+  }
+  if (how == split::round_robin && options.alibi_slopes != nullptr && ranks > 1) {
+    return status::error(errc::invalid_argument,
+                         "ALiBi and split::round_robin: give split::by_position and options.positions");
+  }
+  return {};
+}
 
 /// Where the shards of a sequence lie, to a rank.
 struct sequence_shard {

@@ -38,6 +38,28 @@ struct alone {
   }
 };
 
+/// What a call cost this rank.
+struct traffic {
+  index_t exchanges = 0;
+  std::size_t bytes_sent = 0;
+};
+
+/// A communicator whose exchanges are counted, from 0.
+template <communicator C>
+struct counting_communicator {
+  counting_communicator(C& to, traffic& counts) noexcept : of(to), cost(counts) { cost = {}; }
+  [[nodiscard]] int rank() const noexcept { return of.rank(); }
+  [[nodiscard]] int size() const noexcept { return of.size(); }
+  [[nodiscard]] status all_gather(std::span<const std::byte> mine, std::span<std::byte> all) noexcept {
+    ++cost.exchanges;
+    cost.bytes_sent += mine.size();
+    return of.all_gather(mine, all);
+  }
+
+  C& of;
+  traffic& cost;
+};
+
 /// Any communicator behind one type, so that what speaks through it is compiled once. It must outlive this.
 class communicator_ref {
  public:

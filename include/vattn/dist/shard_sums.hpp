@@ -1,106 +1,19 @@
-// What a shard's sample says of its heads: sums about a centre that all shards share, and their form on the wire.
+// What a shard's sample says of its heads: sums about a centre that all shards share, and what they merge into.
 #include "vattn/macros_push.hpp"
 #pragma once
 
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <cstring>
+#include <limits>
 #include <span>
 
+#include "vattn/dist/shard_format.hpp"
 #include "vattn/estimate/strata.hpp"
 #include "vattn/index/index_reader.hpp"
 #include "vattn/stats/evidence.hpp"
 
 namespace vattn::VATTN_ABI::dist {
-
-/// Writes numbers and arrays one behind the other.
-class wire_writer {
- public:
-  explicit wire_writer(std::span<std::byte> to) noexcept : to_(to) {}
-  template <class T>
-  void put(const T* from, index_t count) noexcept {
-    const std::size_t bytes = static_cast<std::size_t>(count) * sizeof(T);
-    VATTN_ASSERT(at_ + bytes <= to_.size());
-    std::memcpy(to_.data() + at_, from, bytes);
-    at_ += bytes;
-  }
-  template <class T>
-  void put(const T& x) noexcept {
-    put(&x, 1);
-  }
-
- private:
-  std::span<std::byte> to_;
-  std::size_t at_ = 0;
-};
-/// Reads them back in the same order.
-class wire_reader {
- public:
-  explicit wire_reader(const std::byte* from) noexcept : from_(from) {}
-  template <class T>
-  void get(T* to, index_t count) noexcept {
-    const std::size_t bytes = static_cast<std::size_t>(count) * sizeof(T);
-    std::memcpy(to, from_, bytes);
-    from_ += bytes;
-  }
-  template <class T>
-  [[nodiscard]] T get() noexcept {
-    T x;
-    get(&x, 1);
-    return x;
-  }
-
- private:
-  const std::byte* from_;
-};
-
-/// What one rank sends of a group of heads in a look: for each head the scalars of `stats::sample_sums`, Σ w x (v − c)
-/// in float, the other vectors in 16 bits of a unit of their own, which only the evidence rests on. At head size 128
-/// that is 13.2 kB for 4 heads and 22.1 kB for 8, whatever the number of tokens.
-struct look_format {
-  index_t heads = 1, dv = 1;
-  int groups = 4;  ///< of random signs
-
-  static constexpr std::size_t most_bytes = 24000;  ///< where 4 groups of signs allow it
-  // More of them say little more of ν₁, and cost judging the square of their number.
-  static constexpr int most_signs = 8, fewest_groups = 4;
-
-  look_format() = default;
-  look_format(index_t of_heads, index_t width) noexcept : heads(of_heads), dv(width), groups(most_signs) {
-    while (groups > fewest_groups && bytes() > most_bytes) --groups;
-  }
-  [[nodiscard]] std::size_t bytes() const noexcept { return group_bytes + static_cast<std::size_t>(heads) * head(); }
-  /// Where a head's part begins.
-  [[nodiscard]] std::size_t offset(index_t h) const noexcept {
-    return group_bytes + static_cast<std::size_t>(h) * head();
-  }
-
-  static constexpr int scalars = 14;
-
- private:
-  static constexpr std::size_t group_bytes = 6 * sizeof(double);
-  [[nodiscard]] std::size_t head() const noexcept {
-    const auto width = static_cast<std::size_t>(dv), signs = static_cast<std::size_t>(groups);
-    const std::size_t all = (scalars + signs) * sizeof(double) + width * sizeof(float) +
-                            (2 + signs) * (sizeof(float) + width * sizeof(std::int16_t));
-    return (all + 7) / 8 * 8;
-  }
-};
-
-/// Of a group, besides its heads' sums.
-struct look_counts {
-  double away = 0;  ///< distance of an output from the shard's own centre that its probabilities allow for
-  index_t certain = 0, picks = 0, breaches = 0;
-  std::uint64_t samples = 0;  ///< 0: all rows were read
-  std::uint64_t unsound = 0;  ///< scores do not know their errors: not to be judged
-};
-
-/// Of a head, besides its sums.
-struct look_scalars {
-  double reach = 0;                 ///< Σ w x‖v − c‖ over what was sampled, relative to exp(reference)
-  double floor = -stats::infinity;  ///< log of x‖v − ô‖ that no unread token exceeds but by chance; −∞: none is unread
-};
 
 /// Sums over a shard's rows for the heads of a group, about `centre`.
 class shard_sums {
@@ -130,50 +43,65 @@ class shard_sums {
     using V = typename row_gatherer<Head>::value_element;
     using kernel::squared_distance;
     for (index_t h = 0; h < heads_; ++h) s_[at(h)].reference = double{read.reference(h)};
+    constexpr index_t rows = kernel::block_rows;
+    // Of a row, whatever the head: what it counts for, ±√t, ‖v − c‖² and, if chance took it, ‖v − c‖.
+    struct row {
+      stats::row_weight q;
+      double root, rho, far;
+    };
+    std::array<row, static_cast<std::size_t>(rows)> all;
     index_t part = first_group;
-    read.visit_values([&](const ordinal* cells, index_t n, const float* w, const float* x,
-                          const kernel::block_of_rows& values) {
-      constexpr index_t rows = kernel::block_rows;
-      float* const block = storage_.data() + (3 + groups_) * heads_ * dv_;  // [4, heads, rows]
-      std::fill_n(block, 4 * heads_ * rows, 0.0f);
-      std::array<double, static_cast<std::size_t>(rows)> rho, sign;
-      for (index_t i = 0; i < n; ++i) {
-        rho[at(i)] = static_cast<double>(squared_distance(head.value(index_t{cells[i]}), centre));
-        sign[at(i)] = stats::deal(key, cells[i], 1).negative ? -1 : 1;
-      }
-      for (index_t h = 0; h < heads_; ++h) {
-        stats::scalar_sums& s = s_[at(h)];
-        float *nominal = block + h * rows, *second = block + (heads_ + h) * rows;
-        float *third = block + (2 * heads_ + h) * rows, *along = block + (3 * heads_ + h) * rows;
-        for (index_t i = 0; i < n; ++i) {
-          const stats::row_weight q = stats::poisson_row(std::max(1.0, double{w[i]}));
-          const double y = double{x[h * rows + i]}, wx = q.w * y, tx2 = q.t * y * y, r = rho[at(i)];
-          s.x += wx, s.power += wx * r;
-          nominal[i] = static_cast<float>(wx);
-          s.rows += 1, s.certain += q.t > 0 ? 0 : 1;
-          if (!(q.t > 0)) continue;
-          const double sx3 = q.s * y * y * y, z = sign[at(i)] * y * std::sqrt(q.t);
-          more_[at(h)].reach += wx * std::sqrt(r);
-          s.square += tx2, s.spread += tx2 * r;
-          s.f0 += tx2 * tx2, s.f2 += tx2 * tx2 * r, s.f4 += tx2 * tx2 * r * r;
-          s.third0 += sx3, s.third2 += sx3 * r;
-          s.signed_x[static_cast<std::size_t>((part + i / sign_rows) % groups_)] += z;
-          second[i] = static_cast<float>(tx2), third[i] = static_cast<float>(sx3 * r), along[i] = static_cast<float>(z);
-        }
-      }
-      for (index_t i = 0; i < 3; ++i)
-        kernel::block_add<V>(how, block + i * heads_ * rows, heads_, values, dv_, vector(i, 0));
-      for (index_t from = 0; from < n; from += sign_rows, ++part) {
-        const index_t count = std::min(sign_rows, n - from);
-        // The kernels read a block's weights from its beginning.
-        for (index_t h = 0; h < heads_; ++h) {
-          float* const signs = block + h * rows;
-          std::fill_n(signs, rows, 0.0f);
-          std::copy_n(block + (3 * heads_ + h) * rows + from, count, signs);
-        }
-        kernel::block_add<V>(how, block, heads_, values.part(from, count), dv_, vector(3 + part % groups_, 0));
-      }
-    });
+    read.visit_values(
+        [&](const ordinal* cells, index_t n, const float* w, const float* x, const kernel::block_of_rows& values) {
+          float* const block = storage_.data() + (3 + groups_) * heads_ * dv_;  // [4, heads, rows]
+          std::fill_n(block, 4 * heads_ * rows, 0.0f);
+          index_t certain = 0;
+          for (index_t i = 0; i < n; ++i) {
+            row& r = all[at(i)];
+            r.q = stats::poisson_row(std::max(1.0, double{w[i]}));
+            r.rho = static_cast<double>(squared_distance(head.value(index_t{cells[i]}), centre));
+            r.root = stats::deal(key, cells[i], 1).negative ? -std::sqrt(r.q.t) : std::sqrt(r.q.t);
+            r.far = r.q.t > 0 ? std::sqrt(r.rho) : 0;
+            certain += r.q.t > 0 ? 0 : 1;
+          }
+          for (index_t h = 0; h < heads_; ++h) {
+            stats::scalar_sums s = s_[at(h)];
+            double reach = more_[at(h)].reach;
+            const float* const xs = x + h * rows;
+            float *nominal = block + h * rows, *second = block + (heads_ + h) * rows;
+            float *third = block + (2 * heads_ + h) * rows, *along = block + (3 * heads_ + h) * rows;
+            for (index_t from = 0; from < n; from += sign_rows) {
+              double signed_x = 0;
+              for (index_t i = from; i < std::min(n, from + sign_rows); ++i) {
+                const row& r = all[at(i)];
+                const double y = double{xs[i]}, wx = r.q.w * y, tx2 = r.q.t * y * y, tx2r = tx2 * r.rho;
+                const double sx3 = r.q.s * y * y * y, sx3r = sx3 * r.rho, z = r.root * y;
+                s.x += wx, s.power += wx * r.rho, reach += wx * r.far;
+                s.square += tx2, s.spread += tx2r;
+                s.f0 += tx2 * tx2, s.f2 += tx2 * tx2r, s.f4 += tx2r * tx2r;
+                s.third0 += sx3, s.third2 += sx3r;
+                signed_x += z;
+                nominal[i] = static_cast<float>(wx), second[i] = static_cast<float>(tx2);
+                third[i] = static_cast<float>(sx3r), along[i] = static_cast<float>(z);
+              }
+              s.signed_x[(part + from / sign_rows) % groups_] += signed_x;
+            }
+            s.rows += n, s.certain += certain;
+            s_[at(h)] = s, more_[at(h)].reach = reach;
+          }
+          for (index_t i = 0; i < 3; ++i)
+            kernel::block_add<V>(how, block + i * heads_ * rows, heads_, values, dv_, vector(i, 0));
+          for (index_t from = 0; from < n; from += sign_rows, ++part) {
+            const index_t count = std::min(sign_rows, n - from);
+            // The kernels read a block's weights from its beginning.
+            for (index_t h = 0; h < heads_; ++h) {
+              float* const signs = block + h * rows;
+              std::fill_n(signs, rows, 0.0f);
+              std::copy_n(block + (3 * heads_ + h) * rows + from, count, signs);
+            }
+            kernel::block_add<V>(how, block, heads_, values.part(from, count), dv_, vector(3 + part % groups_, 0));
+          }
+        });
     for (index_t h = 0; h < heads_; ++h) {
       const stats::scalar_sums& s = s_[at(h)];
       from_centre(vector(0, h), s.x, centre);
@@ -241,8 +169,13 @@ class shard_sums {
         kernel::const_float_map(v, static_cast<Eigen::Index>(dv_)).cwiseAbs().maxCoeff<Eigen::PropagateNaN>();
     const float unit = top / 32767, inverse = top > 1e-30f && std::isfinite(top) ? 32767 / top : 0.0f;
     out.put(unit);
+    std::int16_t* const to = out.room<std::int16_t>(dv_);
+    if (!(inverse > 0)) {
+      std::fill_n(to, dv_, std::int16_t{0});
+      return;
+    }
     for (index_t j = 0; j < dv_; ++j)
-      out.put(inverse > 0 ? static_cast<std::int16_t>(v[j] * inverse + std::copysign(0.5f, v[j])) : std::int16_t{0});
+      to[j] = static_cast<std::int16_t>(static_cast<int>(v[j] * inverse + std::copysign(0.5f, v[j])));
   }
 
   std::span<float> storage_;  // [3 + groups, heads, dv], [4, heads, block_rows]
@@ -255,35 +188,76 @@ class shard_sums {
 /// A head's scalars in a look's message, as `shard_sums::write` orders them.
 struct head_scalars {
   double of[look_format::scalars];
-  [[nodiscard]] double floor() const noexcept { return of[11]; }
+  [[nodiscard]] double reference() const noexcept { return of[0]; }
+  [[nodiscard]] double x() const noexcept { return of[1]; }
+  [[nodiscard]] look_scalars more() const noexcept { return {of[10], of[11]}; }
 };
 [[nodiscard]] inline head_scalars read_scalars(const look_format& f, const std::byte* message, index_t h) noexcept {
   return wire_reader(message + f.offset(h)).get<head_scalars>();
 }
 
-/// The counts of a look's message, and the sums of one of its heads; `to` has the vectors' memory.
+/// The counts of a look's message.
 [[nodiscard]] inline look_counts read_counts(const std::byte* message) noexcept {
   return wire_reader(message).get<look_counts>();
 }
-inline look_scalars read_sums(const look_format& f, const std::byte* message, index_t h,
-                              stats::sample_sums& to) noexcept {
+
+/// Adds the sums of a head of a look's message to `to`, as stats::sample_sums::merge adds them, and returns its
+/// scalars. What was not finite on the wire leaves sums that are not.
+inline head_scalars add_sums(const look_format& f, const std::byte* message, index_t h,
+                             stats::sample_sums& to) noexcept {
   wire_reader in(message + f.offset(h));
-  const auto [all] = in.get<head_scalars>();
-  stats::scalar_sums& s = to.s = {};
+  const auto scalars = in.get<head_scalars>();
+  const double* const all = scalars.of;
+  stats::scalar_sums s;
   s.reference = all[0], s.x = all[1], s.power = all[2], s.square = all[3], s.spread = all[4];
   s.f0 = all[5], s.f2 = all[6], s.f4 = all[7], s.third0 = all[8], s.third2 = all[9];
   s.rows = static_cast<index_t>(all[12]), s.certain = static_cast<index_t>(all[13]);
   in.get(s.signed_x, f.groups);
-  in.get(to.vector(0), f.dv);
-  for (int i = 1; i < 3 + f.groups; ++i) {
-    const float unit = in.get<float>();
+  const stats::merge_factors by = stats::merge(to.s, s);
+  bool finite = true;
+  for (int i = 0; i < 3 + f.groups; ++i) {
+    const auto power = [i](double x) { return static_cast<float>(i == 1 ? x * x : i == 2 ? x * x * x : x); };
+    const float mine = power(by.mine), theirs = power(by.theirs);
     float* const v = to.vector(i);
-    for (index_t j = 0; j < f.dv; ++j) {
-      const auto steps = in.get<std::int16_t>();
-      v[j] = std::isfinite(unit) ? unit * static_cast<float>(steps) : unit;
+    if (i == 0) {
+      const float* const from = in.look<float>(f.dv);
+      for (index_t j = 0; j < f.dv; ++j) v[j] = mine * v[j] + theirs * from[j];
+      continue;
     }
+    const float unit = in.get<float>(), each = theirs * unit;
+    finite = finite && std::isfinite(unit);
+    const std::int16_t* const steps = in.look<std::int16_t>(f.dv);
+    for (index_t j = 0; j < f.dv; ++j) v[j] = mine * v[j] + each * static_cast<float>(steps[j]);
   }
-  return {all[10], all[11]};
+  if (!finite) to.s.x = std::numeric_limits<double>::quiet_NaN();
+  return scalars;
+}
+
+/// stats::estimate of a Poisson sample's sums, for all ranks to make: products of the signed groups, whose number goes
+/// with the square of theirs, and whose vectors the wire has rounded, are of floats.
+[[nodiscard]] inline stats::evidence estimate_merged(const stats::sample_sums& of, const float* centre, double sink,
+                                                     float* output, float* offset) noexcept {
+  const double more = sink > -stats::infinity ? std::exp(sink - of.s.reference) : 0, denominator = of.s.x + more;
+  stats::centre_products c;
+  for (index_t j = 0; j < of.dv; ++j) {
+    // The sink's value is 0: −c from the centre.
+    offset[j] = static_cast<float>((double{of.vector(0)[j]} - more * double{centre[j]}) / denominator);
+    output[j] = offset[j] + centre[j];
+    c.add(offset[j], centre[j]);
+  }
+  stats::sample_sums unsigned_sums = of;
+  unsigned_sums.groups = 0;
+  stats::sum_products p;
+  p.add(unsigned_sums, offset, centre);
+  const auto vector = [&](const float* x) { return kernel::const_float_map(x, static_cast<Eigen::Index>(of.dv)); };
+  const auto dot = [&](const float* x, const float* y) { return double{vector(x).dot(vector(y))}; };
+  for (int g = 0; g < of.groups; ++g) {
+    const float* const z = of.vector(3 + g);
+    p.zu[g] = dot(z, offset), p.zn[g] = dot(z, of.vector(0)), p.zb[g] = dot(z, of.vector(1));
+    p.zh[g] = vector(z).cast<double>().dot(vector(of.vector(2)).cast<double>());  // of x to the fourth
+    for (int o = 0; o <= g; ++o) p.zz[g * (g + 1) / 2 + o] = dot(z, of.vector(3 + o));
+  }
+  return stats::conclude(of.s, p, nullptr, nullptr, {}, c, more, of.groups, of.dv);
 }
 
 }  // namespace vattn::VATTN_ABI::dist

@@ -21,8 +21,8 @@ struct shard_effort {
 
 /// Rank r's share of head h's variance: m_r rows with Σ_r S_r²/m_r = goal for the head that needs most, and the same
 /// time scan·cells_r + key·m_r for every rank that samples, but for ranks that reach `least` rows first. `goals`: the
-/// variance that verifies, in the unit of S²; infinity: a head that asks for nothing. Shares of a head add up to 1.
-/// A tenth is dealt evenly, for a first look that saw little of a rank.
+/// variance that verifies, in the unit of S²; infinity: a head that asks for nothing, whose share stays as it is.
+/// Shares of a head add up to 1. A tenth is dealt evenly, for a first look that saw little of a rank.
 inline void share_variance(std::span<const shard_effort> ranks, const std::array<double, max_group>& goals,
                            index_t heads, double scan, double key, std::size_t mine,
                            std::array<double, max_group>& to) noexcept {
@@ -32,7 +32,6 @@ inline void share_variance(std::span<const shard_effort> ranks, const std::array
     sampling += r.samples ? 1 : 0;
     slowest = std::max(slowest, r.samples ? r.cells : 0);
   }
-  to.fill(1);
   if (!ranks[mine].samples || sampling == 0) return;
   const auto rows = [&](const shard_effort& r, double extra) {  // `extra`: rows of the rank with most cells
     return std::max(least, extra + scan / key * (slowest - r.cells));
@@ -54,6 +53,7 @@ inline void share_variance(std::span<const shard_effort> ranks, const std::array
   }
   for (index_t h = 0; h < heads; ++h) {
     const auto i = static_cast<std::size_t>(h);
+    if (!(goals[i] < stats::infinity)) continue;
     double all = 0;
     for (const shard_effort& r : ranks) all += r.samples ? r.spread[i] * r.spread[i] / rows(r, high) : 0;
     const double own = ranks[mine].spread[i] * ranks[mine].spread[i] / rows(ranks[mine], high);

@@ -27,14 +27,16 @@ class index_sampler : protected index_thresholds<Policy, Head> {
   /// `remembered`: of the KV head's last step, or null.
   index_sampler(head_group<Head>& group, const config& settings, const cell_codes& codes, const float* value_centre,
                 const index_costs& costs, index_memory* remembered, const index_scratch& memory) noexcept
-      : base(group, settings, codes, value_centre, costs, memory), remembered_(remembered) {}
+      : base(group, settings, codes, value_centre, costs, memory), remembered_(remembered) {
+    times_own_.fill(1);
+  }
 
   /// Attends every head: verified, or exactly where that costs less or does not come to an end.
   void run() noexcept {
     look_until_verified(*this, group_, settings_.max_rounds);
     if (reader_) {
       for (index_t g = 0; g < heads_; ++g) group_[g].ok = group_[g].ok && (reader_->odd() >> g & 1) == 0;
-      remember();
+      remember(all_done());
     }
     rest_exactly();
   }
@@ -118,10 +120,11 @@ class index_sampler : protected index_thresholds<Policy, Head> {
     for (index_t g = 0; g < heads_; ++g) all = all && group_[g].done;
     return all;
   }
-  void remember() noexcept {
+  // `sampled`: every head's output rests on a sample.
+  void remember(bool sampled) noexcept {
     if (!remembered_) return;
     index_memory& m = *remembered_;
-    if (!all_done()) {
+    if (!sampled) {
       m.heads = 0;
       m.failures = std::clamp<std::int32_t>(m.failures, 0, 5) + 1;
       m.rest = std::min<std::int32_t>(longest_rest, 1 << m.failures);
@@ -165,13 +168,15 @@ class index_sampler : protected index_thresholds<Policy, Head> {
       sampled_x_[at(h)] = std::exp(std::min(
           80.0, log_sum + static_cast<double>(tables_.offset[at(h)]) - static_cast<double>(reader_->reference(h))));
       estimate_[at(h)].denominator = sampled_x_[at(h)] + reader_->certain().of(h).x;
+      estimate_[at(h)].denominator = whole(h, estimate_[at(h)].denominator);
       if (!estimate_[at(h)].finite()) return false;
     }
     return make_plan();
   }
   void take_plan_sample() noexcept {
     plan_ = plan_sample(kernel::active_isa(), s_.plan, heads_);
-    plan_.take(tables_, reader_->candidates(), reader_->levels(), 1);
+    const auto most = static_cast<index_t>(this->token_part_ * double{plan_sample::capacity});
+    plan_.take(tables_, reader_->candidates(), reader_->levels(), 1, std::max<index_t>(256, most));
   }
 
   [[nodiscard]] stats::evidence estimate(index_t g) noexcept {
@@ -261,7 +266,7 @@ class index_sampler : protected index_thresholds<Policy, Head> {
       for (index_t g = 0; g < heads_; ++g) {
         if (group_[g].done) continue;
         const stats::evidence& e = estimate_[at(g)];
-        const double d = reader_->certain().of(g).x + found[at(g)].x + elsewhere(g);
+        const double d = whole(g, reader_->certain().of(g).x + found[at(g)].x);
         const double goal = squeeze_[at(g)] * thin_margin / stats::planned_radius2<B>(e.dimension, settings_.delta) *
                             goal2(g, e) * d * d;
         goals_[at(g)] = goal;
@@ -278,11 +283,12 @@ class index_sampler : protected index_thresholds<Policy, Head> {
     }
   }
 
-  // Of D, what others have read (dist/): relative to the reference that they knew.
-  [[nodiscard]] double elsewhere(index_t g) const noexcept {
-    return elsewhere_[at(g)] > 0
-               ? elsewhere_[at(g)] * std::exp(elsewhere_reference_[at(g)] - double{reader_->reference(g)})
-               : 0;
+  // D, of which this sample has `own`. Where others have the rest (dist/): what they have read, relative to the
+  // reference that they knew; before that, by what they had of the last one.
+  [[nodiscard]] double whole(index_t g, double own) const noexcept {
+    const double read = elsewhere_[at(g)];
+    return times_own_[at(g)] * own +
+           (read > 0 ? read * std::exp(elsewhere_reference_[at(g)] - double{reader_->reference(g)}) : 0);
   }
 
   // The rows behind an output with their weights, where the call asks for them.
@@ -314,7 +320,7 @@ class index_sampler : protected index_thresholds<Policy, Head> {
 
   index_memory* remembered_;
   plan_sample plan_;
-  std::array<double, max_group> need_{}, sampled_x_{}, elsewhere_{}, elsewhere_reference_{};
+  std::array<double, max_group> need_{}, sampled_x_{}, times_own_{}, elsewhere_{}, elsewhere_reference_{};
   std::array<double, kernel::scan_heads> goals_{};
   std::array<stats::evidence, max_group> estimate_{}, now_{};  // the last that was judged; of the sample at hand
 };

@@ -37,6 +37,8 @@ struct index_memory {
   std::array<double, max_group> log_sum{};  ///< of a few scores then
   float value_unit = 1;                     ///< of the estimates' lengths (query_row::value_unit)
   std::int32_t failures = 0, rest = 0;      ///< times in a row that all rows were read instead; steps to do so unasked
+  /// Of several samples (dist/), this one's part of the error's square and of D; 0: unset.
+  std::array<double, max_group> share{}, part{};
 
   [[nodiscard]] bool usable(index_t of_heads) const noexcept {
     const cell_thresholds& t = thresholds;

@@ -127,7 +127,8 @@ class index_cells {
   // Scores of a few blocks: their mean and variance, and how many cells a threshold would take.
   [[nodiscard]] bool look_at_scores() noexcept {
     const index_t blocks = end_block_ - first_block_;
-    constexpr index_t looks = index_scratch::look_cells / kernel::scan_keys;
+    constexpr index_t most = index_scratch::look_cells / kernel::scan_keys;
+    const index_t looks = std::max<index_t>(4, std::lround(token_part_ * double{most}));
     const auto start = static_cast<index_t>(random_.below(static_cast<std::uint32_t>(blocks)));
     float* const reach = s_.looks.data() + heads_ * index_scratch::look_cells;
     index_t count = 0;
@@ -240,6 +241,7 @@ class index_cells {
   cell_tables tables_;
   index_t heads_, certain_ = 0, cells_ = 0, first_block_ = 0, end_block_ = 0;
   random_stream random_;
+  double token_part_ = 1;  // of the tokens that one sample is of, where others have the rest (dist/): looks are shared
   // Of scores: mean and variance, log Σ e^s·r and log Σ e^s over all cells.
   std::array<double, max_group> score_mean_{}, score_variance_{}, log_mass_{}, log_sum_{};
   std::array<double, max_group> rise_{};

@@ -28,13 +28,14 @@ class plan_sample {
   plan_sample(kernel::isa how, std::span<float> storage, index_t heads) noexcept
       : how_(how), storage_(storage), heads_(heads) {}
 
-  /// Every k-th of the candidates of a scan, whose levels are `levels`; its blocks were `share` of all.
+  /// Every k-th of the candidates of a scan, up to `most` of them, whose levels are `levels`; its blocks were `share`
+  /// of all.
   void take(const cell_tables& tables, const kernel::cell_candidates& from, std::span<const std::int16_t> levels,
-            float share) noexcept {
-    const index_t k = std::max<index_t>(1, (from.size + capacity - 1) / capacity);
+            float share, index_t most = capacity) noexcept {
+    const index_t k = std::max<index_t>(1, (from.size + most - 1) / most);
     size_ = 0;
     float* w = column(weight);
-    for (index_t i = 0; i < from.size && size_ < capacity; i += k, ++size_) {
+    for (index_t i = 0; i < from.size && size_ < most; i += k, ++size_) {
       w[size_] = std::min(0.0f, static_cast<float>(levels[static_cast<std::size_t>(i)]) * tables.step);
       column(log_reach)[size_] = tables.log_reach(from.reach[i]);
       column(radius)[size_] = static_cast<float>(from.radius[i]);
