@@ -229,6 +229,19 @@ TEST_CASE("(o, log-sum-exp) of dense shards merge into those of the whole", "[di
   for (const status& one : failed) CHECK(std::string(one.message()) == "rank 2: no");
 }
 
+TEST_CASE("a sequence of 2^31 tokens in all shards is refused, not cut", "[dist]") {
+  const auto agreed = [](index_t each) {
+    return on_ranks(2, [&](auto& comm) {
+      std::array<dist::sequence_shard, 1> own{{{.total = each}}};
+      bool apart = false;
+      return dist::agree(comm, dist::split::blocks, {}, dist::terms{}, own, apart);
+    });
+  };
+  for (const status& s : agreed((index_t{1} << 30) - 1)) CHECK(s.ok());
+  for (const status& s : agreed(index_t{1} << 30))
+    CHECK(std::string(s.message()).find("end at 2^31") != std::string::npos);
+}
+
 TEST_CASE("shards that cannot be merged are told on every rank, and nothing is written", "[dist]") {
   const auto merged = [](auto&& change) {
     std::array<std::vector<float>, 2> outputs, sums;

@@ -206,6 +206,11 @@ template <communicator C>
         s.total += cells, s.last = std::max(s.last, last);
       }
     }
+    for (std::size_t i = from; i < from + count; ++i) {
+      if (own[i].total < population::max_size) continue;
+      return status::error(errc::invalid_argument, "%lld tokens of sequence %zu in all shards: sequences end at 2^31",
+                           static_cast<long long>(own[i].total), i);
+    }
     for (int r = 0; how == split::round_robin && r < size; ++r) {
       const envelope theirs = of(r);
       for (std::size_t i = 0; i < count; ++i) {
