@@ -132,8 +132,8 @@ class vattention {
       if (!indexed()) sparse = all_rows(cache.dk(), cache.dv());
     }
     sparse.shared = std::clamp<index_t>(group, 1, sparse.shared);
-    // Queries share the heads' scan and sample, or the rows where all are read.
-    if (beside_cache)
+    // Queries share the rows where all are read, and, of few heads, a scan and a sample.
+    if (beside_cache && (!indexed() || group <= most_heads_to_share))
       sparse.queries = std::clamp<index_t>(max_group / sparse.shared, 1, std::max<index_t>(1, q.extents[1]));
     return for_each_group(q, cache, options, result, memory, key, exec, sparse, [&](auto& heads) {
       each.attend(heads);

@@ -63,6 +63,10 @@ inline std::pair<index_t, index_t> mark_cells(const population& tokens, index_t 
   return {begin, end};
 }
 
+/// Query heads of a KV head up to which several queries share a sample. A scan's time is that of its heads: with more,
+/// sharing it saves less than it costs to read what the other queries want (docs/index.md).
+inline constexpr index_t most_heads_to_share = 2;
+
 /// Query by query, the heads of those that see nearly the same cells together: `attend(heads, seen)` for each such set.
 /// What only some of them see is read for all, so that it may be half of what a scan and tables of one's own cost.
 /// `views` [queries, blocks of n cells].

@@ -260,6 +260,26 @@ TEST_CASE("queries of different sequences each have a sample of their own", "[in
   CHECK(draw_together(p, index, sees, 2, 3).most_apart <= 4);
 }
 
+TEST_CASE("queries of larger groups are sampled as if each were alone", "[index]") {
+  problem<float> p({.queries = 2, .heads = 4, .kv_heads = 1, .n = 9000, .dk = 32, .dv = 32}, 4u, 2.0f);
+  hide(p, [&](index_t t, index_t cell) { return cell < p.s.n - 2 + t; });
+  const std::vector<kv_index> index = index_of(p.cache());
+  const vattention<> attend(settings(), {index});
+  results both(p.s), one({.heads = 4, .dv = 32});
+  workspace memory;
+  REQUIRE(attend(p.query(), p.cache(), p.options, both.view(), memory, {.seed = 3, .step = 7}).ok());
+  for (index_t t = 0; t < 2; ++t) {
+    const tensor_view<const float, 4> query(p.q.data() + t * 4 * p.s.dk, {1, 1, 4, p.s.dk});
+    attention_options options = p.options;
+    options.mask = mask_view(
+        tensor_view<const float, 4>(p.mask.data() + t * p.s.n, {1, 4, 1, p.s.n}, {0, 0, 0, sizeof(float)}));
+    const auto step = static_cast<std::uint32_t>(7 + t);
+    REQUIRE(attend(query, p.cache(), options, one.view(), memory, {.seed = 3, .step = step}).ok());
+    CHECK(!one.certificates[0].exact());
+    CHECK(std::equal(one.output.begin(), one.output.end(), both.output.begin() + t * 4 * p.s.dv));
+  }
+}
+
 TEST_CASE(
     "queries under masks that share rows read all of them where that is cheaper, with the bits of exact attention",
     "[index]") {
