@@ -124,8 +124,10 @@ struct importance_head {
 
   /// Whether no token that this phase, or a first one, left to chance could have cost more than its share of ε.
   [[nodiscard]] bool covered(const sampling_frame& frame) const noexcept {
-    return floor >= 0.8 * needed && offset >= 0.8 * away && frame.log_floor >= std::log(0.8) + log_needed &&
-           frame.offset >= 0.8 * away;
+    // What is needed is an estimate too, and changes from look to look: a fifth less is no reason for another one.
+    constexpr double enough = 0.8;
+    return floor >= enough * needed && offset >= enough * away && frame.log_floor >= std::log(enough) + log_needed &&
+           frame.offset >= enough * away;
   }
 
   /// What the next look is to have. False: nothing more.
@@ -144,7 +146,8 @@ struct importance_head {
   template <bound B>
   [[nodiscard]] double enough_for(std::span<const weighted_row> rows, const stats::evidence& e, double goal2,
                                   double delta) const noexcept {
-    constexpr double aim = 0.985 * 0.985;
+    // Of the squared goal, for a look that just misses it costs another; and a look is to add something at all.
+    constexpr double aim = 0.985 * 0.985, least_growth = 1.03, most_growth = 4;
     const auto enough = [&](double next) {
       double variance = 0, fourth = 0;
       for (const weighted_row& r : rows) {
@@ -159,7 +162,7 @@ struct importance_head {
       return stats::squared_radius<B>(variance, skew, {e.dimension, dof, static_cast<double>(rows.size())}, delta) <=
              aim * goal2;
     };
-    double low = 1.03 * share, high = 4 * share;
+    double low = least_growth * share, high = most_growth * share;
     for (int i = 0; i < 8; ++i) {
       const double middle = std::sqrt(low * high);
       (enough(middle) ? high : low) = middle;

@@ -429,4 +429,10 @@ TEST_CASE("an error along one direction is added to the evidence", "[stats][evid
   CHECK_THAT(e.skew, WithinRel(0.15, 1e-12));
   stats::add_direction(e, stats::infinity);
   CHECK(e.dimension == 1);
+  // Of an error that is not a number nothing is known, and such evidence meets no promise.
+  stats::evidence lost;
+  lost.denominator = lost.output2 = lost.power = 1, lost.variance = 1e-9;
+  CHECK(lost.finite());
+  stats::add_direction(lost, std::nan(""));
+  CHECK_FALSE(lost.finite());
 }
