@@ -271,8 +271,8 @@ TEST_CASE("queries of larger groups are sampled as if each were alone", "[index]
   for (index_t t = 0; t < 2; ++t) {
     const tensor_view<const float, 4> query(p.q.data() + t * 4 * p.s.dk, {1, 1, 4, p.s.dk});
     attention_options options = p.options;
-    options.mask = mask_view(
-        tensor_view<const float, 4>(p.mask.data() + t * p.s.n, {1, 4, 1, p.s.n}, {0, 0, 0, sizeof(float)}));
+    options.mask =
+        mask_view(tensor_view<const float, 4>(p.mask.data() + t * p.s.n, {1, 4, 1, p.s.n}, {0, 0, 0, sizeof(float)}));
     const auto step = static_cast<std::uint32_t>(7 + t);
     REQUIRE(attend(query, p.cache(), options, one.view(), memory, {.seed = 3, .step = step}).ok());
     CHECK(!one.certificates[0].exact());
