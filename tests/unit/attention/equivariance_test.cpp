@@ -328,7 +328,7 @@ TEST_CASE("equivariance: by an index beside the cache") {
         at);
   };
   const index_t n = long_enough(4);
-  check(problem_of(n, true, 4, 1), settings(true), all_scales, 2);
+  check(problem_of(n, true, 4, 1), settings(true), few_scales, 2);
   check(problem_of(n, false, 4, 1), settings(false, 0.2), few_scales, 4);
   check(problem_of<Eigen::bfloat16>(n, true, 4, 1), settings(true), few_scales, 1);
   // How many bits there are is asked of the keys: of the values' scale it does not depend.
