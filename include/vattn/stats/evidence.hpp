@@ -1,5 +1,5 @@
-// What a sample says of the output's error: variances, one struct for every design, from sums that merge. The other kind
-// of evidence, known ranges, is in ranges.hpp.
+// What a sample says of the output's error: variances, one struct for every design, from sums that merge. The other
+// kind of evidence, known ranges, is in ranges.hpp.
 #include "vattn/macros_push.hpp"
 #pragma once
 
