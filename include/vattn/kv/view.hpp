@@ -101,7 +101,8 @@ namespace detail {
     return status::error(errc::invalid_argument, "norms have room for %lld cells a head, but there are %lld",
                          static_cast<long long>(room), static_cast<long long>(tokens));
   }
-  if (saturated_product(heads, std::max(room, tokens)) >= widest_buffer / 4) {
+  const bool kept = room != 0 || norms.keys || norms.values;
+  if (kept && saturated_product(heads, std::max(room, tokens)) >= widest_buffer / 4) {
     return status::error(errc::invalid_argument,
                          "norms of %lld heads with room for %lld cells each reach over more than 2^60 bytes",
                          static_cast<long long>(heads), static_cast<long long>(std::max(room, tokens)));
