@@ -37,6 +37,7 @@ const std::vector<axis_table>& axes() {
       {"ends", {"4 and 8", "none", "16 and 40"}},
       {"rule", {"8 looks", "2 looks, the last accepted", "density 1", "1 look"}},
       {"regime", {"flat", "peaked", "needles"}},
+      {"values", {"1", "2^-14", "2^13"}},
   };
   return tables;
 }
@@ -93,6 +94,10 @@ const rule table[] = {
        if (s[element_axis] < 0 || s[size_axis] < 0 || !quantised(s[element_axis])) return false;
        const head_size d = all_sizes[static_cast<std::size_t>(s[size_axis])];
        return d.dk % 32 != 0 || (d.dv % 32 != 0 && s[element_axis] != q8_0_f16);
+     }},
+    {verdict::unwritten, "the element does not hold such values",
+     [](const scenario& s, family) {
+       return s[element_axis] >= 0 && s[values_axis] > 0 && !holds_values(s[element_axis], s[values_axis]);
      }},
     {verdict::unwritten, "the layout has no pages",
      [](const scenario& s, family) { return s[page_axis] > 0 && s[layout_axis] >= 0 && !paged(s[layout_axis]); }},

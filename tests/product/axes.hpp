@@ -43,6 +43,7 @@ enum axis : int {
   ends_axis,         // sinks and window of the config
   rule_axis,         // when to stop
   regime_axis,       // of the logits
+  values_axis,       // what V is multiplied with
   n_axes
 };
 
@@ -83,6 +84,8 @@ struct head_size {
 inline constexpr std::array<head_counts, 6> all_heads{{{1, 1}, {8, 8}, {8, 2}, {7, 1}, {9, 3}, {71, 1}}};
 inline constexpr std::array<head_size, 6> all_sizes{{{8, 8}, {64, 64}, {32, 64}, {33, 17}, {1, 3}, {96, 32}}};
 inline constexpr std::array<int, 8> all_lengths{0, 1, 17, 300, 1200, 4100, 20000, 70000};
+/// A half holds them, and bfloat16; past 2^±12 squares are taken in another unit (kernel/units.hpp).
+inline constexpr std::array<float, 3> all_values{1, 0x1p-14f, 0x1p13f};
 inline constexpr std::array<int, 3> all_batches{1, 2, 3}, all_queries{1, 2, 5}, all_pages{1, 16, 64};
 
 /// A level of each axis (`unset` while a row is being made), and the seed of all that is drawn.
@@ -108,6 +111,10 @@ struct axis_table {
   return l <= padded_rows || l == ggml || l == ggml_transposed || l == ragged_rows;
 }
 [[nodiscard]] constexpr bool quantised(int e) { return e >= q8_0; }
+/// Whether values of an element may be multiplied with all_values[level].
+[[nodiscard]] constexpr bool holds_values(int e, int level) {
+  return level == 0 || (level == 1 ? e <= f16_f32 : e == f32 || e == bf16);
+}
 /// Which elements a layout holds.
 [[nodiscard]] constexpr bool stores(int l, int e) {
   switch (l) {

@@ -89,7 +89,8 @@ template <class T>
 
 /// Numbers about the rows of K and V, [batch, kv_heads, n].
 struct kept_norms {
-  kept_norms(const test::problem<float>& p, int level) {
+  kept_norms(const test::problem<float>& p, const scenario& s) {
+    const int level = s[norms_axis];
     if (level == 0) return;
     const auto rows = [&](const std::vector<float>& x, index_t width, const float* from, std::vector<float>& to) {
       for (index_t row = 0; row < p.s.batch * p.s.kv_heads * p.s.n; ++row) {
@@ -102,7 +103,8 @@ struct kept_norms {
       }
     };
     if (level == 2) {
-      centres.assign(static_cast<std::size_t>(p.s.batch * p.s.kv_heads * p.s.dv), 0.9f);
+      centres.assign(static_cast<std::size_t>(p.s.batch * p.s.kv_heads * p.s.dv),
+                     0.9f * all_values[static_cast<std::size_t>(s[values_axis])]);
       rows(p.k, p.s.dk, nullptr, keys);
       keys.push_back(0);  // an address, even of no rows
     }
@@ -133,7 +135,7 @@ void with_layout(const scenario& s, test::ragged<float>& r, F&& f) {
   const index_t page = paged(L) ? all_pages[static_cast<std::size_t>(s[page_axis])] : 0;
 
   if constexpr (L == contiguous || L == token_major || L == padded_rows || L == ragged_rows) {
-    const kept_norms norms(r.p, s[norms_axis]);
+    const kept_norms norms(r.p, s);
     if constexpr (L == token_major) {
       std::vector<float> k(r.p.k.size()), v(r.p.v.size());
       const auto permute = [&](const std::vector<float>& from, index_t width, std::vector<float>& to) {
@@ -213,7 +215,7 @@ void with_layout(const scenario& s, test::ragged<float>& r, F&& f) {
   } else if constexpr (L == ggml) {
     const test::tensor<TK> k(r, true, 36);
     const test::tensor<TV> v(r, false, sizeof(TV) % 4 == 0 ? 4 : 2);
-    const kept_norms norms(r.p, s[norms_axis]);
+    const kept_norms norms(r.p, s);
     f(ggml_kv<TK, TV>(k.layout, v.layout).with_norms(norms.view()), row_order{});
   } else if constexpr (L == ggml_transposed) {
     const test::tensor<TK> k(r, true);
@@ -226,7 +228,7 @@ void with_layout(const scenario& s, test::ragged<float>& r, F&& f) {
     const auto one = static_cast<index_t>(sizeof(TV));
     const ggml_layout transposed(v.data(), {d.n, d.dv, d.kv_heads, d.batch},
                                  {one, room * one, room * d.dv * one, room * d.dv * d.kv_heads * one});
-    const kept_norms norms(r.p, s[norms_axis]);
+    const kept_norms norms(r.p, s);
     f(ggml_transposed_kv<TK, TV>(k.layout, transposed).with_norms(norms.view()), row_order{});
   } else if constexpr (L == gemma_ring) {
     const gemma_cpp_layer l{.n_rows = d.n + 7,

@@ -68,6 +68,7 @@ test::ragged<float> rows_of(const scenario& s) {
       }
     }
   }
+  for (float& x : p.v) x *= at(all_values, s[values_axis]);
   const auto n = static_cast<std::int32_t>(d.n);
   const int l = s[layout_axis];
   std::vector<std::int32_t> own(static_cast<std::size_t>(d.batch), n);

@@ -37,7 +37,8 @@ template <class P>
 }
 
 /// `place` >= 0: where the layout and the element are the place's own, types are the library's, as a user has them.
-/// Each layout meets every second place so, in one of its elements, another for each place; place 0 meets all layouts.
+/// Each layout meets every second place so, in one of its elements, another for each place; place 0, exact attention's,
+/// meets all layouts.
 [[nodiscard]] constexpr bool own_types(int place, int l, int e) {
   if (place < 0 || !stores(l, e) || (place > 0 && (place + l) % 2 != 0)) return false;
   int count = 0, before = 0;

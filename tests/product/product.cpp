@@ -42,6 +42,7 @@ double weight(int a, int level) {
   if (a == certificate_axis || a == lse_axis) return level == 1 ? 1.0 : 0.5;
   if (a == scale_axis) return level == 1 ? 1.0 : 0.7;
   if (a == regime_axis) return level == 0 ? 1.0 : 0.8;
+  if (a == values_axis) return level == 0 ? 1.0 : 0.4;
   return 1;
 }
 
