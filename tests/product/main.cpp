@@ -139,7 +139,7 @@ struct order {
 };
 
 // Calls that have every reason to sample, of each policy: long caches of logits that are nearly equal, one of values
-// that are small, and one whose last look is accepted whatever it shows. Pairs alone leave it to chance whether a
+// that are large, and one whose last look is accepted whatever it shows. Pairs alone leave it to chance whether a
 // policy meets one.
 std::vector<levels> plain_rows() {
   std::vector<levels> rows;
@@ -156,9 +156,16 @@ std::vector<levels> plain_rows() {
     row[length_axis] = 7, row[heads_axis] = 0;  // 70000, 1/1
     rows.push_back(row);
     if (all[p] == family::exact) continue;
-    row[length_axis] = 6, row[heads_axis] = 2, row[values_axis] = 1;  // 2^-14
+    row[length_axis] = 6, row[heads_axis] = 2, row[values_axis] = 2;  // 2^13
+    row[batch_axis] = 2, row[decisions_axis] = 1;
     rows.push_back(row);
-    row[values_axis] = 0;
+    row[batch_axis] = row[values_axis] = 0;
+    if (all[p] == family::index) {  // queries that share a sample
+      row[heads_axis] = 1, row[queries_axis] = 2, row[causal_axis] = row[mask_axis] = 1;
+      rows.push_back(row);
+      row[queries_axis] = row[causal_axis] = row[mask_axis] = 0;
+    }
+    row[decisions_axis] = 0;
     row[length_axis] = 4, row[heads_axis] = 2;  // 1200
     row[softcap_axis] = all[p] == family::store ? 0 : 1;
     row[promise_axis] = row[scale_axis] = row[rule_axis] = row[regime_axis] = 1;
