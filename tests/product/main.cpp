@@ -161,9 +161,9 @@ std::vector<levels> plain_rows() {
     rows.push_back(row);
     row[batch_axis] = row[values_axis] = 0;
     if (all[p] == family::index) {  // queries that share a sample
-      row[heads_axis] = 1, row[queries_axis] = 2, row[causal_axis] = row[mask_axis] = 1;
+      row[heads_axis] = 1, row[queries_axis] = 2, row[causal_axis] = 1;
       rows.push_back(row);
-      row[queries_axis] = row[causal_axis] = row[mask_axis] = 0;
+      row[queries_axis] = row[causal_axis] = 0;
     }
     row[decisions_axis] = 0;
     row[length_axis] = 4, row[heads_axis] = 2;  // 1200
