@@ -156,8 +156,8 @@ std::vector<levels> plain_rows() {
     row[length_axis] = 7, row[heads_axis] = 0;  // 70000, 1/1
     rows.push_back(row);
     if (all[p] == family::exact) continue;
-    row[length_axis] = 6, row[heads_axis] = 2, row[values_axis] = 2;  // 2^13
-    row[batch_axis] = 2, row[decisions_axis] = 1;
+    row[length_axis] = 6, row[heads_axis] = 2, row[values_axis] = 2;             // 2^13
+    row[batch_axis] = all[p] == family::store ? 0 : 2, row[decisions_axis] = 1;  // a store is of one sequence
     rows.push_back(row);
     row[batch_axis] = row[values_axis] = 0;
     if (all[p] == family::index) {  // queries that share a sample
