@@ -123,10 +123,11 @@ void measure(const settings& o, const std::string& regime, index_t n, dist::comm
   struct mode {
     const char* name;
     std::function<void(std::uint32_t)> run;
+    const dist::traffic* sent = nullptr;
     std::vector<double> ms{}, cpu{}, us{}, errors{};
     double density = 0;
   };
-  std::vector<mode> modes{{"dense", run_dense}, {"shards", run_shards}, {"warm", run_again}};
+  std::vector<mode> modes{{"dense", run_dense}, {"shards", run_shards, &cost}, {"warm", run_again, &cost_again}};
   if (comm.size() == 1) modes.push_back({"index", run_alone}), modes.push_back({"index_warm", run_alone_again});
   for (int repeat = -1; repeat < o.repeats; ++repeat) {  // the first warms up
     for (mode& m : modes) {
@@ -155,16 +156,15 @@ void measure(const settings& o, const std::string& regime, index_t n, dist::comm
   if (comm.rank() != 0) return;
   for (mode& m : modes) {
     row r{.mode = m.name, .regime = regime, .n = n, .ranks = comm.size(), .threads = o.threads};
-    const bool first = &m == &modes[0], split = &m == &modes[1] || &m == &modes[2];
-    const dist::traffic& sent = &m == &modes[1] ? cost : cost_again;
+    const bool first = &m == &modes[0];
     r.ms = quantile(m.ms, 0.5), r.ms_min = quantile(m.ms, 0), r.exchange_us = quantile(m.us, 0.5);
     r.cpu_ms = quantile(m.cpu, 0.5);
     r.speedup = quantile(modes[0].ms, 0.5) / r.ms;
     r.density = first ? 1 : m.density, r.error_p90 = quantile(m.errors, 0.9);
     r.draws = static_cast<index_t>(m.errors.size());
     r.failures = std::count_if(m.errors.begin(), m.errors.end(), [&](double e) { return e > o.epsilon; });
-    r.exchanges = split ? sent.exchanges : first ? 2 : 0;
-    r.bytes_sent = split   ? sent.bytes_sent
+    r.exchanges = m.sent ? m.sent->exchanges : first ? 2 : 0;
+    r.bytes_sent = m.sent  ? m.sent->bytes_sent
                    : first ? static_cast<std::size_t>(o.heads * (o.dim + 1)) * sizeof(float)
                            : 0;
     table.push_back(r);

@@ -69,7 +69,7 @@ class shard_draws : protected index_sampler<Policy, Head> {
       return o.write(heads_, own_.centre.data(), head_.dv(), to);
     }
     o.samples = true, o.remembers = remembered_ && remembered_->usable(heads_);
-    o.cells = static_cast<double>(this->cells_), o.unit = double{this->codes_.units().reach};
+    o.cells = static_cast<double>(this->cells_), o.unit = double{this->reach_unit()};
     for (index_t h = 0; h < heads_; ++h) {
       const double offset = double{tables_.offset[at(h)]};
       o.mass[at(h)] = log_mass_[at(h)] + offset + std::log(o.unit);
@@ -262,7 +262,7 @@ class shard_draws : protected index_sampler<Policy, Head> {
     index_reader<Head>& read = *reader_;
     sums_.add_sample(kernel::active_isa(), head_, read, own_.centre.data(),
                      tables_.query.scan.numbers ^ 0x9e3779b97f4a7c15u, static_cast<int>(3 * rank_ % format_.groups));
-    counts = {.away = wanted_.away * double{this->codes_.units().reach},
+    counts = {.away = wanted_.away * double{this->reach_unit()},
               .certain = this->certain_,
               .picks = read.picks(),
               .samples = 1};

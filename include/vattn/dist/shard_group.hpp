@@ -162,9 +162,8 @@ class shard_sampler : shard_draws<Policy, Head> {
       if (!(floor > -stats::infinity)) continue;
       const double unit = shard_opening::unit_of(openings_.of(r));
       const kernel::const_float_map centre(shard_opening::centre_of(openings_.of(r), heads_), n);
-      const double away = std::max(1e-12, static_cast<double>((o - centre).norm()));
-      covered = covered &&
-                floor <= missed - std::log(unit + std::min(away, unit * unit / away)) - bend + base::floor_slack &&
+      const auto away = static_cast<double>((o - centre).norm());
+      covered = covered && floor <= missed - base::log_moved(unit, away) - bend + base::floor_slack &&
                 base::away_share * away <= read_counts(sent_.of(r)).away;
     }
     return covered;

@@ -167,8 +167,7 @@ class index_sampler : protected index_thresholds<Policy, Head> {
       const double log_sum = plan_.log_sum(h, score_mean_[at(h)], score_variance_[at(h)], tables_);
       sampled_x_[at(h)] = std::exp(std::min(
           80.0, log_sum + static_cast<double>(tables_.offset[at(h)]) - static_cast<double>(reader_->reference(h))));
-      estimate_[at(h)].denominator = sampled_x_[at(h)] + reader_->certain().of(h).x;
-      estimate_[at(h)].denominator = whole(h, estimate_[at(h)].denominator);
+      estimate_[at(h)].denominator = whole(h, sampled_x_[at(h)] + reader_->certain().of(h).x);
       if (!estimate_[at(h)].finite()) return false;
     }
     return make_plan();

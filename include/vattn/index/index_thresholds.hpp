@@ -111,10 +111,15 @@ class index_thresholds : protected index_cells<Head> {
   // log(κ ε T D) as a threshold of scores of k − μ plus log(r/unit): a token that is missed although it may move the
   // output by f must cost at most κ·ε·T, and moves it by x‖v − ô‖ <= x(r + ‖ô − c‖), at a typical r.
   [[nodiscard]] double floor_threshold(index_t g, const stats::evidence& e) const noexcept {
-    const double unit = static_cast<double>(this->reach_unit()), away = std::max(1e-12 * unit, std::sqrt(e.away2));
     return std::log(stats::missable(e, promise_)) + static_cast<double>(reader_->reference(g)) -
-           static_cast<double>(tables_.offset[at(g)]) - std::log(unit + std::min(away, unit * unit / away)) -
-           rounding(g) - this->rise(g, static_cast<double>(reader_->reference(g)) + std::log(e.denominator));
+           static_cast<double>(tables_.offset[at(g)]) -
+           log_moved(static_cast<double>(this->reach_unit()), std::sqrt(e.away2)) - rounding(g) -
+           this->rise(g, static_cast<double>(reader_->reference(g)) + std::log(e.denominator));
+  }
+  // log(r + ‖ô − c‖) at a typical r, for an output that is `away` from the centre, of distances about `unit`.
+  [[nodiscard]] static double log_moved(double unit, double away) noexcept {
+    away = std::max(1e-12 * unit, away);
+    return std::log(unit + std::min(away, unit * unit / away));
   }
   // What the tables' rounding adds to z errors of a typical cell's score: it is independent of them.
   [[nodiscard]] double rounding(index_t g) const noexcept {

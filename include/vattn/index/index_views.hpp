@@ -50,14 +50,15 @@ inline std::pair<index_t, index_t> mark_cells(const population& tokens, index_t 
                                               std::span<std::uint64_t> bits) noexcept {
   constexpr index_t width = kernel::scan_keys;
   const auto at = [](index_t i) { return static_cast<std::size_t>(i); };
-  std::fill(bits.begin(), bits.end(), std::uint64_t{0});
-  if (first >= last) return {0, 0};
-  if (!tokens.contiguous()) {
+  if (first >= last || !tokens.contiguous()) {
+    std::fill(bits.begin(), bits.end(), std::uint64_t{0});
     for (index_t j = first; j < last; ++j) bits[at(tokens[j] / width)] |= std::uint64_t{1} << (tokens[j] % width);
-    return {0, static_cast<index_t>(bits.size())};
+    return {0, first < last ? static_cast<index_t>(bits.size()) : 0};
   }
   const index_t from = tokens[first], to = tokens[last - 1] + 1, begin = from / width, end = (to - 1) / width + 1;
+  std::fill(bits.begin(), bits.begin() + begin, std::uint64_t{0});
   std::fill(bits.begin() + begin, bits.begin() + end, ~std::uint64_t{0});
+  std::fill(bits.begin() + end, bits.end(), std::uint64_t{0});
   bits[at(begin)] &= ~std::uint64_t{0} << (from % width);
   bits[at(end - 1)] &= ~std::uint64_t{0} >> (end * width - to);
   return {begin, end};

@@ -349,8 +349,9 @@ class kv_index {
     // Room for keys that come later.
     units.scale *= 2, units.radius *= 2;
     units.reach = static_cast<float>(distance * static_cast<double>(share));
-    // Where all values are equal, any length of their size.
-    for (index_t j = 0; !(distance > 0) && j < shape_.dv; ++j) units.reach = std::max(units.reach, std::abs(centre[j]));
+    if (!(distance > 0)) {  // all values are equal: any length of their size will do
+      for (index_t j = 0; j < shape_.dv; ++j) units.reach = std::max(units.reach, std::abs(centre[j]));
+    }
     codes.measure_from(mean_, units);
   }
 

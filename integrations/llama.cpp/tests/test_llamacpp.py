@@ -124,16 +124,14 @@ def settings(s):
 @case
 def prefill_is_stock(s):
     """Prefill, flash attention that is off, ALiBi, and short contexts are ggml's own, bit by bit."""
-    model, alibi = s.random_model(), s.random_model("alibi", "--kind", "refact")
-    for options in (["--count", "1500", "--batch", "500"], ["--count", "40", "--batch", "1"],
-                    ["--count", "40", "--batch", "1", "--context", "48"],
-                    ["--count", "8", "--skip", "900", "--batch", "1", "--flash", "off"],
-                    ["--count", "8", "--skip", "900", "--batch", "1", "--flash", "off", "--type", "f32"],
-                    ["--count", "8", "--skip", "900", "--batch", "1", "alibi"]):
-        of = model if options[-1] != "alibi" else alibi
-        options = [o for o in options if o != "alibi"]
+    llama, alibi = s.random_model(), s.random_model("alibi", "--kind", "refact")
+    late = ["--count", "8", "--skip", "900", "--batch", "1"]
+    for model, options in ((llama, ["--count", "1500", "--batch", "500"]), (llama, ["--count", "40", "--batch", "1"]),
+                           (llama, ["--count", "40", "--batch", "1", "--context", "48"]),
+                           (llama, [*late, "--flash", "off"]), (llama, [*late, "--flash", "off", "--type", "f32"]),
+                           (alibi, late)):
         for name in ("a", "b"):
-            s.run("logits", *options, "--out", s.work / f"prefill_{name}", model=of, stock=name == "a")
+            s.run("logits", *options, "--out", s.work / f"prefill_{name}", model=model, stock=name == "a")
         assert (s.work / "prefill_a").read_bytes() == (s.work / "prefill_b").read_bytes(), options
 
 
